@@ -1,0 +1,221 @@
+"""What `sfumato synthesize` can be told. The fields are the command line's options, their docstrings its help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from sfumato.errors import InputError
+
+Method = Literal["privimage", "dpdm", "public-only"]
+Preset = Literal["demo", "fashion-mnist", "cifar10", "paper-fashion-mnist", "paper-cifar10"]
+Unit = Literal["image", "group"]
+
+
+@dataclass(frozen=True)
+class SynthesizeOptions:
+    """Make a differentially private image set, and its generator, from a set of sensitive images.
+
+    Running the same command again resumes. Ctrl-C is safe at any moment.
+    """
+
+    private: Positional[str]
+    """The sensitive images: a folder (class folders, or metadata.jsonl), a .zip of one, .parquet, .npz, idx(.gz),
+    demo:digits, demo:glyphs, fashion-mnist, or hf:NAME."""
+
+    epsilon: float
+    """Privacy budget ε of this run, for adding or removing one unit. No unit of measurement, above 0; below 1 is
+    strong, 10 is weak. `public-only` spends none of it."""
+
+    public: str | None = None
+    """Public images with labels, in any form PRIVATE may have. Default: none (then only `dpdm` can run)."""
+
+    delta: float | None = None
+    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n) with n the public size, never above
+    n^-1.1."""
+
+    method: Method = "privimage"
+    """privimage: select public classes privately, train on them, then DP-SGD. dpdm: DP-SGD without public images.
+    public-only: the public images alone, costs no budget; the floor to compare with."""
+
+    preset: Preset | None = None
+    """A named set of training settings, `paper-…` being the published ones. Options given beside it win. Default:
+    chosen from the time budget."""
+
+    size: int | None = None
+    """Side of the square images that are trained and written, in pixels. Default: the preset's, else 28."""
+
+    channels: Literal[1, 3] | None = None
+    """Colour channels: 1 (grey) or 3 (RGB). Default: the preset's, else 1."""
+
+    unit: Unit = "image"
+    """What one neighbouring step adds or removes: one image, or all images of one `group_id` in metadata.jsonl
+    (patient, artist, customer)."""
+
+    public_size: int | None = None
+    """Number of units, when it is public knowledge. Default: not public, and a noisy count is bought with a small
+    part of ε."""
+
+    num_images: int | None = None
+    """How many synthetic images to write. Default: the preset's, else as many as the public size or noisy count."""
+
+    time_budget: str = "10m"
+    """Wall-clock time the run should take on this machine: 90s, 10m, 2h. The planner chooses batch, steps and noise
+    levels to fit."""
+
+    guidance: float | None = None
+    """Classifier-free guidance weight when sampling, a factor; 1 is none, larger makes labels clearer and images more
+    alike. Default: the preset's."""
+
+    ledger: str | None = None
+    """The account that this run is charged to: a file, or an SQLAlchemy URL. Keep ONE ledger for one set of
+    sensitive images, whatever is run on it. Default: OUT/internal/ledger.db, which knows of this run only."""
+
+    out: str | None = None
+    """Folder of the run; `release/` inside it may be handed on, `internal/` may not. Default: runs/NAME-epsE."""
+
+    holdout: str | None = None
+    """Real labelled images that PRIVATE does not contain, to measure the release with; the result stays in
+    `internal/`. Default: the demo's own, else none."""
+
+    seed: int = 0
+    """Seed of public randomness: initial weights, public batches, sampling. An integer. DP noise and private
+    sampling have no seed."""
+
+    skip_unreadable: bool = False
+    """Go on without private files that cannot be read. Default: stop before any budget is spent."""
+
+    dry_run: bool = False
+    """Print the plan (noise, steps, time) and stop before the sensitive images are used. Costs nothing."""
+
+    config: str | None = None
+    """YAML file with any of these options, e.g. the config.yaml of an earlier run. The command line wins over it."""
+
+    def check(self) -> None:
+        """Refuse values that can never work, before anything heavy is imported.
+
+        Raises:
+            InputError: names the option; no budget was spent.
+        """
+        _must(self.epsilon > 0 and math.isfinite(self.epsilon), "--epsilon", self.epsilon, "a number above 0")
+        _must(
+            self.delta is None or 0 < self.delta < 1, "--delta", self.delta, "between 0 and 1, well below 1/n"
+        )
+        _must(self.size is None or 8 <= self.size <= 256, "--size", self.size, "between 8 and 256 pixels")
+        _must(self.channels in (None, 1, 3), "--channels", self.channels, "1 or 3")
+        for name in ("public_size", "num_images"):
+            value = getattr(self, name)
+            _must(value is None or value >= 1, "--" + name.replace("_", "-"), value, "1 or more")
+        _must(self.guidance is None or self.guidance >= 0, "--guidance", self.guidance, "0 or more")
+        seconds(self.time_budget)
+        if self.method in ("privimage", "public-only") and self.public is None and self.preset is None:
+            raise InputError(
+                f"--method {self.method} needs --public; no budget was spent. Give public images "
+                "(--public demo:glyphs works everywhere), or choose --method dpdm."
+            )
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder of this run: `out`, or runs/NAME-epsE made from the private images' name and ε."""
+        if self.out is not None:
+            return Path(self.out)
+        name = re.sub(r"[^A-Za-z0-9]+", "-", Path(self.private).name.split(".")[0]).strip("-").lower()
+        return Path("runs") / f"{name or 'images'}-eps{self.epsilon:g}"
+
+    @property
+    def ledger_url(self) -> str:
+        """The ledger of this run: `ledger`, or internal/ledger.db inside the run's folder."""
+        return self.ledger if self.ledger is not None else str(self.run_folder / "internal" / "ledger.db")
+
+    @property
+    def seconds(self) -> float:
+        """The time budget in seconds."""
+        return seconds(self.time_budget)
+
+
+def _must(holds: bool, option: str, value: object, range_: str) -> None:
+    if not holds:
+        raise InputError(f"{option} {value} cannot be used: it has to be {range_}; no budget was spent.")
+
+
+def seconds(text: str) -> float:
+    """Seconds in a duration such as "90s", "10m", "2h" or "1h30m".
+
+    Raises:
+        InputError: not a duration above zero.
+    """
+    pieces = re.findall(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip().lower())
+    rest = re.sub(r"\d+(?:\.\d+)?\s*[smh]", "", text.strip().lower()).strip()
+    total = sum(float(number) * {"s": 1, "m": 60, "h": 3600}[unit] for number, unit in pieces)
+    if rest or not pieces or total <= 0:
+        raise InputError(
+            f"--time-budget {text!r} is not a duration; no budget was spent. Write 90s, 10m, 2h or 1h30m."
+        )
+    return total
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file, as keyword arguments for SynthesizeOptions.
+
+    Keys are field names, with - or _; a value's type is checked by the command line or by `check`.
+
+    Raises:
+        InputError: the file is missing, is not YAML, is not a mapping, or has an unknown option.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}; no budget was spent.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config {path} is not YAML ({reason}); no budget was spent.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path} has to hold `option: value` lines; no budget was spent.")
+    fields = {field.name: field for field in dataclasses.fields(SynthesizeOptions) if field.name != "config"}
+    options = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for name, value in options.items():
+        if name not in fields:
+            raise InputError(
+                f"--config {path}: unknown option {name!r}; no budget was spent. "
+                f"Known: {', '.join(sorted(fields))}."
+            )
+        options[name] = _converted(path, name, str(fields[name].type), value)
+    return options
+
+
+def _converted(path: str | Path, name: str, annotation: str, value: Any) -> Any:
+    """`value` as the field's type; YAML reads 1e-5 as text and 8 as an integer, both are meant as numbers."""
+    wrong = InputError(f"--config {path}: {name}: {value!r} cannot be used; no budget was spent. See --help.")
+    if value is None:
+        if "None" not in annotation:
+            raise wrong
+        return None
+    if annotation.startswith("float"):
+        try:
+            return _if_right(not isinstance(value, bool), float(value), wrong)
+        except (TypeError, ValueError):
+            raise wrong from None
+    if annotation.startswith("int") or name == "channels":
+        return _if_right(isinstance(value, int) and not isinstance(value, bool), value, wrong)
+    if annotation == "bool":
+        return _if_right(isinstance(value, bool), value, wrong)
+    choices = {"method": Method, "preset": Preset, "unit": Unit}.get(name)
+    if choices is not None:
+        return _if_right(value in choices.__args__, value, wrong)
+    return str(value)
+
+
+def _if_right(holds: bool, value: Any, wrong: InputError) -> Any:
+    if not holds:
+        raise wrong
+    return value
