@@ -1,4 +1,4 @@
-"""What `sfumato synthesize` can be told. The fields are the command line's options, their docstrings its help."""
+"""Options of `sfumato synthesize`: the fields are the command line, their docstrings its help."""
 
 from __future__ import annotations
 
@@ -26,76 +26,83 @@ class SynthesizeOptions:
     """
 
     private: Positional[str]
-    """The sensitive images: a folder (class folders, or metadata.jsonl), a .zip of one, .parquet, .npz, idx(.gz),
-    demo:digits, demo:glyphs, fashion-mnist, or hf:NAME."""
+    """The sensitive images: a folder (class folders, or metadata.jsonl), a .zip of one, .parquet, .npz,
+    idx(.gz), demo:digits, demo:glyphs, fashion-mnist, or hf:NAME."""
 
     epsilon: float
-    """Privacy budget ε of this run, for adding or removing one unit. No unit of measurement, above 0; below 1 is
-    strong, 10 is weak. `public-only` spends none of it."""
+    """Privacy budget ε of this run, for adding or removing one unit. No unit of measurement, above 0;
+    below 1 is strong, 10 is weak. `public-only` spends none of it."""
 
     public: str | None = None
-    """Public images with labels, in any form PRIVATE may have. Default: none (then only `dpdm` can run)."""
+    """Public images with labels, in any form PRIVATE may have. Default: none (then only `dpdm` can
+    run)."""
 
     delta: float | None = None
-    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n) with n the public size, never above
-    n^-1.1."""
+    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n) with n the public size, never
+    above n^-1.1."""
 
     method: Method = "privimage"
-    """privimage: select public classes privately, train on them, then DP-SGD. dpdm: DP-SGD without public images.
-    public-only: the public images alone, costs no budget; the floor to compare with."""
+    """privimage: select public classes privately, train on them, then DP-SGD. dpdm: DP-SGD without public
+    images. public-only: the public images alone, costs no budget; the floor to compare with."""
 
     preset: Preset | None = None
-    """A named set of training settings, `paper-…` being the published ones. Options given beside it win. Default:
-    chosen from the time budget."""
+    """A named set of training settings, `paper-…` being the published ones. Options given beside it win.
+    Default: chosen from the time budget."""
 
     size: int | None = None
-    """Side of the square images that are trained and written, in pixels. Default: the preset's, else 28."""
+    """Side of the square images that are trained and written, in pixels. Default: the preset's, else
+    28."""
 
     channels: Literal[1, 3] | None = None
     """Colour channels: 1 (grey) or 3 (RGB). Default: the preset's, else 1."""
 
     unit: Unit = "image"
-    """What one neighbouring step adds or removes: one image, or all images of one `group_id` in metadata.jsonl
-    (patient, artist, customer)."""
+    """What one neighbouring step adds or removes: one image, or all images of one `group_id` in
+    metadata.jsonl (patient, artist, customer)."""
 
     public_size: int | None = None
-    """Number of units, when it is public knowledge. Default: not public, and a noisy count is bought with a small
-    part of ε."""
+    """Number of units, when it is public knowledge. Default: not public, and a noisy count is bought with
+    a small part of ε."""
 
     num_images: int | None = None
-    """How many synthetic images to write. Default: the preset's, else as many as the public size or noisy count."""
+    """How many synthetic images to write. Default: the preset's, else as many as the public size or noisy
+    count."""
 
     time_budget: str = "10m"
-    """Wall-clock time the run should take on this machine: 90s, 10m, 2h. The planner chooses batch, steps and noise
-    levels to fit."""
+    """Wall-clock time the run should take on this machine: 90s, 10m, 2h. The planner chooses batch, steps
+    and noise levels to fit."""
 
     guidance: float | None = None
-    """Classifier-free guidance weight when sampling, a factor; 1 is none, larger makes labels clearer and images more
-    alike. Default: the preset's."""
+    """Classifier-free guidance weight when sampling, a factor; 1 is none, larger makes labels clearer and
+    images more alike. Default: the preset's."""
 
     ledger: str | None = None
-    """The account that this run is charged to: a file, or an SQLAlchemy URL. Keep ONE ledger for one set of
-    sensitive images, whatever is run on it. Default: OUT/internal/ledger.db, which knows of this run only."""
+    """The account that this run is charged to: a file, or an SQLAlchemy URL. Keep ONE ledger for one set
+    of sensitive images, whatever is run on it. Default: OUT/internal/ledger.db, which knows of this run
+    only."""
 
     out: str | None = None
-    """Folder of the run; `release/` inside it may be handed on, `internal/` may not. Default: runs/NAME-epsE."""
+    """Folder of the run; `release/` inside it may be handed on, `internal/` may not. Default:
+    runs/NAME-epsE."""
 
     holdout: str | None = None
-    """Real labelled images that PRIVATE does not contain, to measure the release with; the result stays in
-    `internal/`. Default: the demo's own, else none."""
+    """Real labelled images that PRIVATE does not contain, to measure the release with; the result stays
+    in `internal/`. Default: the demo's own, else none."""
 
     seed: int = 0
-    """Seed of public randomness: initial weights, public batches, sampling. An integer. DP noise and private
-    sampling have no seed."""
+    """Seed of public randomness: initial weights, public batches, sampling. An integer. DP noise and
+    private sampling have no seed."""
 
     skip_unreadable: bool = False
     """Go on without private files that cannot be read. Default: stop before any budget is spent."""
 
     dry_run: bool = False
-    """Print the plan (noise, steps, time) and stop before the sensitive images are used. Costs nothing."""
+    """Print the plan (noise, steps, time) and stop before the sensitive images are used. Costs
+    nothing."""
 
     config: str | None = None
-    """YAML file with any of these options, e.g. the config.yaml of an earlier run. The command line wins over it."""
+    """YAML file with any of these options, e.g. the config.yaml of an earlier run. The command line wins
+    over it."""
 
     def check(self) -> None:
         """Refuse values that can never work, before anything heavy is imported.

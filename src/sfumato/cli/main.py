@@ -1,0 +1,91 @@
+"""The command `sfumato`: finds the verb, runs it, and turns every failure into one line and an exit status.
+
+Exit status: 0 done, 1 a check or a verification failed, 2 bad input or not enough budget, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from sfumato.errors import SfumatoError
+
+VERBS = {
+    "synthesize": "make a differentially private image set from sensitive images",
+    "generate": "make more images with a released model; free",
+    "plan": "what a privacy and a time budget buy; reads no private data",
+    "ledger": "create, show, verify or close the account of a protected data set",
+    "checks": "versions, machine settings, self-test of the gradient engine",
+}
+
+HELP = """usage: sfumato VERB [options]
+
+Differentially private image generation on one persistent privacy ledger.
+
+verbs:
+{verbs}
+
+options:
+  -h, --help     show this help, or a verb's: sfumato VERB --help
+  --version      print the version
+
+first steps:
+  sfumato synthesize demo:digits --public demo:glyphs --epsilon 8 --out runs/demo
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:<14} {does}" for verb, does in VERBS.items())), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"sfumato {version('sfumato')}")
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean `sfumato {near[0]}`?" if near else " See `sfumato --help`."
+        return _error(f"unknown verb {verb!r}; it is one of {', '.join(VERBS)}.{hint}")
+    try:
+        return import_module(f"sfumato.cli.{verb}").run(arguments[1:])
+    except SfumatoError as error:
+        return _error(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        again = "" if verb != "synthesize" else " Run the same command again to resume."
+        print(f"\nsfumato: interrupted.{again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _error(_operating_system(error))
+    except MemoryError:
+        return _error(
+            "out of memory. Nothing written so far is lost and what was begun stays charged to the ledger; "
+            "run the same command again on a machine with more memory, or with a smaller --size."
+        )
+
+
+def _operating_system(error: OSError) -> str:
+    kept = "Nothing written so far is lost, and the ledger shows what was spent"
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}the disk is full. {kept}; free some space and run the same command again."
+    return f"{where}{error.strerror or error}. {kept}; put it right and run the same command again."
+
+
+def _error(message: str, status: int = 2) -> int:
+    print(f"sfumato: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

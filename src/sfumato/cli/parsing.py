@@ -1,0 +1,90 @@
+"""From a dataclass to a command line: its fields are the options, the docstring below each field is its help."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
+
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], prog: str, arguments: Sequence[str], given: dict[str, Any] | None = None) -> Options:
+    """The options in `arguments`; `given` replaces defaults (values from a file), the arguments win over it.
+
+    Prints help or what is wrong and raises SystemExit (0 or 2) as command lines do.
+    """
+    given = given or {}
+    help_ = field_help(kind)
+    hints = get_type_hints(kind, include_extras=True)
+    fields = []
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        shown = tyro.conf.arg(help=help_[field.name], help_behavior_hint=_hint(field, given))
+        annotated = Annotated[hints[field.name], shown]
+        if field.name in given:
+            fields.append((field.name, annotated, dataclasses.field(default=given[field.name])))
+        elif field.default is dataclasses.MISSING:
+            fields.append((field.name, annotated))
+        else:
+            fields.append((field.name, annotated, dataclasses.field(default=field.default)))
+    required_first = sorted(fields, key=len)
+    shape = dataclasses.make_dataclass(kind.__name__, required_first)
+    values = tyro.cli(
+        shape,
+        prog=prog,
+        description=inspect.getdoc(kind),
+        args=[_plain(argument) for argument in arguments],
+        config=(
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.DisallowNone,
+            tyro.conf.PositionalMetavarFromFieldName,
+        ),
+    )
+    return kind(**vars(values))
+
+
+def field_help(kind: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, on one line; every field has to have one."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    help_ = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            text = ""
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                text = str(following.value.value)
+            help_[statement.target.id] = " ".join(text.split())
+    missing = [field.name for field in dataclasses.fields(kind) if not help_.get(field.name)]
+    if missing:
+        raise TypeError(f"{kind.__name__}: no help for {', '.join(missing)}")
+    return help_
+
+
+def _hint(field: dataclasses.Field[Any], given: dict[str, Any]) -> str:
+    """What stands behind an option's help; where the default is None its help says what that means."""
+    if field.name in given:
+        return f"(from the file: {given[field.name]})"
+    if field.default is dataclasses.MISSING:
+        return "(required)"
+    if field.default is None:
+        return ""
+    return f"(default: {'off' if field.default is False else field.default})"
+
+
+def _plain(argument: str) -> str:
+    """Options may be written with _ too, as in a configuration file."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def say(line: str = "") -> None:
+    """Print one line of a verb's result on standard output."""
+    print(line, file=sys.stdout, flush=True)
