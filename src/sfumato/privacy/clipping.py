@@ -1,0 +1,157 @@
+"""Sums of clipped per-unit gradients: the only statistic of the data that DP-SGD looks at.
+
+Formal guarantee. Each unit (one image, or one group's images) contributes a vector of Euclidean length at most
+`clip_norm` to `ClippedSum`. Under *add or remove one unit* the sum therefore moves by at most clip_norm, under
+*replace one unit* by at most twice that; `add_noise(noise_multiplier)` turns it into a Gaussian mechanism with
+standard deviation noise_multiplier * clip_norm per coordinate (DP-SGD, arXiv 1607.00133, algorithm 1; averaging over
+the unit's K noise levels before clipping is arXiv 2210.09929, section 4).
+
+Floating point. Norms are taken, in float64 across layers, of the very tensors that are summed, and the target length
+is short of `clip_norm` by one part in 10^5, more than the rounding of float32 norms and products. The sum over units
+is rounded in float32 and the noise is a float64 Gaussian added once; this is not an exact discrete mechanism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sfumato.privacy.per_unit import (
+    Engine,
+    RowLoss,
+    Rows,
+    check_engine,
+    per_unit_gradients,
+    rows_shape,
+    trainable,
+    units_at_once,
+)
+
+ROUNDING_MARGIN = 1e-5
+
+
+class NoiseStream(Protocol):
+    """What `add_noise` needs of `SecureStream`."""
+
+    def gaussian(self, shape: Any) -> np.ndarray:
+        """Standard normal float64 values from the operating system's randomness."""
+        ...
+
+
+class ClippedSum:
+    """A sum of vectors, one per unit, each no longer than `clip_norm`. Its exact values cannot be read from outside.
+
+    `values`: {name: tensor}; together they are one flat vector. Only `add_noise` lets anything out.
+    """
+
+    __slots__ = ("__weakref__", "_values", "clip_norm")
+
+    def __init__(self, values: Mapping[str, Tensor], clip_norm: float) -> None:
+        if not 0 < clip_norm < float("inf"):
+            raise ValueError(f"clip_norm must be positive and finite, not {clip_norm}")
+        self._values = dict(values)
+        self.clip_norm = float(clip_norm)
+
+    def sensitivity(self, relation: Any = "add_or_remove_one") -> float:
+        """Largest Euclidean change of the sum between neighbours: C for add/remove one unit, 2C for replace one."""
+        known = {"add_or_remove_one": self.clip_norm, "replace_one": 2 * self.clip_norm}
+        return known[str(getattr(relation, "value", relation))]
+
+    def add_noise(self, noise_multiplier: float, stream: NoiseStream) -> dict[str, Tensor]:
+        """The sum plus N(0, (noise_multiplier * clip_norm)^2) in every coordinate, float32, and empties this object.
+
+        Satisfies the guarantee of `GaussianDpEvent(noise_multiplier)` for *add or remove one unit*. May be called
+        once: a second answer about the same sum would be a second mechanism.
+        """
+        if not 0 < noise_multiplier < float("inf"):
+            raise ValueError(f"noise_multiplier must be positive and finite, not {noise_multiplier}")
+        values, self._values = self._values, None
+        if values is None:
+            raise ValueError("this sum has been released already; form a new one, with a new event")
+        scale = noise_multiplier * self.sensitivity("add_or_remove_one")
+        return {name: _noised(value, scale, stream) for name, value in values.items()}
+
+    def _add(self, other: ClippedSum) -> ClippedSum:
+        """The sum over both sets of units, which must be disjoint."""
+        if other.clip_norm != self.clip_norm:
+            raise ValueError("sums clipped to different lengths cannot be added")
+        return ClippedSum({name: v + other._values[name] for name, v in self._values.items()}, self.clip_norm)
+
+    def __repr__(self) -> str:
+        return f"ClippedSum(clip_norm={self.clip_norm})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a clipped sum is exact private data; it cannot be copied or stored")
+
+
+def _noised(value: Tensor, scale: float, stream: NoiseStream) -> Tensor:
+    noise = torch.from_numpy(np.asarray(stream.gaussian(tuple(value.shape)), dtype=np.float64))
+    return (value.detach().to("cpu", torch.float64) + scale * noise).to(torch.float32).to(value.device)
+
+
+def clipped_gradient_sum(
+    net: nn.Module,
+    row_loss: RowLoss,
+    rows: Rows,
+    *,
+    clip_norm: float,
+    engine: Engine = "fast",
+    physical_batch: int | None = None,
+) -> ClippedSum:
+    """Sum over units of clip(gradient of the unit's mean loss over its K rows), over all trainable parameters.
+
+    `rows`: tensors [U, K, ...]; U may be 0, then the sum is exactly zero. `row_loss(call, flat)` receives the network
+    (or a stand-in called the same way) and the rows flattened to [U*K, ...], and returns one loss per row [U*K]; rows
+    must not influence each other. `physical_batch`: units processed at once; by default as memory allows. It changes
+    speed and rounding only. A unit whose gradient is not finite contributes zero, silently.
+
+    Sensitivity of the result: clip_norm (add or remove one unit). Raises InputError for malformed rows.
+    """
+    check_engine(engine)
+    units, _ = rows_shape(rows)
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in trainable(net).items()}
+    if units:
+        step = physical_batch or units_at_once(net, row_loss, rows)
+        for start in range(0, units, step):
+            block = {name: value[start : start + step] for name, value in rows.items()}
+            _add_clipped(total, per_unit_gradients(net, row_loss, block, engine), clip_norm)
+    return ClippedSum(total, clip_norm)
+
+
+def clipped_vector_sum(vectors: Tensor, clip_norm: float) -> ClippedSum:
+    """The same for ready-made vectors [U, ...], one per unit, under the name "value"."""
+    total = {"value": torch.zeros_like(vectors[0] if len(vectors) else vectors.sum(0), dtype=torch.float32)}
+    if len(vectors):
+        _add_clipped(total, {"value": vectors}, clip_norm)
+    return ClippedSum(total, clip_norm)
+
+
+def _add_clipped(total: dict[str, Tensor], gradients: dict[str, Tensor], clip_norm: float) -> None:
+    """total += sum over units of factor[u] * gradients[u]; the tensors measured are the tensors summed."""
+    norms = unit_norms(gradients)
+    usable = norms.isfinite()
+    factors = (clip_norm * (1 - ROUNDING_MARGIN) / norms.clamp_min(1e-300)).clamp_max(1.0)
+    factors = torch.where(usable, factors, 0.0).to(torch.float32)
+    poisoned = not bool(usable.all())
+    for name, gradient in gradients.items():
+        if poisoned:  # 0 * inf is not 0
+            gradient = torch.where(usable.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
+        total[name] += torch.tensordot(factors, gradient.float(), dims=1)
+
+
+def unit_norms(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Euclidean norm of each unit's whole gradient, float64 [U]. Exact private data: for use inside `privacy`."""
+    return (
+        torch.stack(
+            [
+                torch.linalg.vector_norm(g.flatten(1).float(), dim=1).double().square()
+                for g in gradients.values()
+            ]
+        )
+        .sum(0)
+        .sqrt()
+    )
