@@ -135,7 +135,11 @@ def _percent_up(share: float) -> str:
 
 
 def _factor(epsilon: float) -> str:
-    return number(float(f"{math.exp(epsilon):.3g}")) if epsilon < 12 else f"{math.exp(min(epsilon, 700.0)):.1e}"
+    """e^ε, rounded up to three digits."""
+    power = math.exp(min(epsilon, 700.0))
+    step = 10.0 ** (math.floor(math.log10(power)) - 2)
+    up = math.ceil(power / step - 1e-9) * step
+    return number(float(f"{up:.3g}")) if epsilon < 12 else f"{up:.2e}"
 
 
 def _numbers(certificate: dict[str, Any], unit: str) -> list[tuple[str, str, str]]:
