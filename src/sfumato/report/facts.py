@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from sfumato.errors import InputError
+from sfumato.data.release import refuse_private
 
 # Options that name the owner's files, account or seeds, or say nothing about the result.
 OWNERS_OPTIONS = frozenset(
@@ -58,8 +58,7 @@ class ReleaseFacts:
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            refuse_owner_only(getattr(self, each.name), each.name)
+        refuse_private([getattr(self, each.name) for each in fields(self)], "the report's facts")
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,3 @@ def releasable_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value for name, value in options.items() if name not in OWNERS_OPTIONS and value is not None
     }
-
-
-def refuse_owner_only(value: Any, where: str) -> None:
-    """Raise InputError when `value` is, or contains, something marked `for_owner_only` or a protected handle."""
-    if getattr(value, "for_owner_only", False) or type(value).__name__ in ("ProtectedImages", "OwnerOnly"):
-        raise InputError(
-            f"{where} holds {type(value).__name__}, which is for the owner's eyes only: "
-            "it can be written under internal/, never into a release."
-        )
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            refuse_owner_only(item, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple | set | frozenset):
-        for position, item in enumerate(value):
-            refuse_owner_only(item, f"{where}[{position}]")
-    elif is_dataclass(value) and not isinstance(value, type):
-        for each in fields(value):
-            refuse_owner_only(getattr(value, each.name), f"{where}.{each.name}")
-    elif isinstance(value, np.ndarray) and value.dtype == object:
-        for item in value.ravel():
-            refuse_owner_only(item, where)
