@@ -1,4 +1,4 @@
-"""Collections that are one big array: `.npz` (images, labels) and idx files, read row by row in bounded memory."""
+"""Collections that are one big array, `.npz` (images, labels) and idx: read row by row in bounded memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -123,7 +124,7 @@ def _npz_labels(
 
 
 def open_idx(spec: str, path: Path, *, label_names: Sequence[str] | None = None) -> Source:
-    """An idx file of uint8 images [N, H, W] (or [N, H, W, C]), gzipped or not; labels from the file beside it.
+    """An idx file of uint8 images [N, H, W] or [N, H, W, C], gzipped or not; labels from the file beside it.
 
     The labels' file has the same name with "labels" for "images" and idx1 for idx3, with or without ".gz".
     label_names: the name of each label number; by default the numbers themselves.
@@ -154,9 +155,7 @@ def _idx_header(spec: str, path: Path) -> tuple[Callable[[], IO[bytes]], int, tu
         size = path.stat().st_size
         with open(path, "rb") as stream:
             zipped = stream.read(2) == b"\x1f\x8b"
-        opener: Callable[[], IO[bytes]] = (
-            (lambda: gzip.open(path, "rb")) if zipped else (lambda: open(path, "rb"))
-        )  # type: ignore[return-value]
+        opener = partial(_open_plain, path, zipped)
         with opener() as stream:
             magic = stream.read(4)
             dimensions = magic[3] if len(magic) == 4 and magic[:2] == b"\0\0" else 0
@@ -175,6 +174,10 @@ def _idx_header(spec: str, path: Path) -> tuple[Callable[[], IO[bytes]], int, tu
     if (declared > DEFLATE_LIMIT * size) if zipped else (declared != size):
         raise bad_source(spec, f"declares another size in '{path.name}' than it has", "fetch it again")
     return opener, offset, shape
+
+
+def _open_plain(path: Path, zipped: bool) -> IO[bytes]:
+    return gzip.GzipFile(path, "rb") if zipped else open(path, "rb")  # type: ignore[return-value]
 
 
 def _labels_beside(path: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""Decoded pixels on disk: decoded once, then memory-mapped, so that memory does not grow with the collection."""
+"""Decoded pixels on disk: decoded once, then memory-mapped; memory does not grow with the collection."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -62,8 +63,8 @@ def cached_pixels(
 ) -> Cached:
     """Decode `source` to uint8 [N, H, W, C] under `directory`, or map what was decoded there before.
 
-    The key is the source's fingerprint, the size and the channels, so a changed folder is decoded anew. What is
-    there is always complete: it is written beside and renamed, and of two processes one wins.
+    The key is the source's fingerprint, the size and the channels, so a changed folder is decoded anew. What
+    is there is always complete: it is written beside and renamed, and of two processes one wins.
 
     Raises `InputError` at the first image that cannot be read; with skip_unreadable such images are left out
     and listed. Raises `InputError` when the disk is full.
@@ -223,7 +224,7 @@ def _load(place: Path, source: Source, shape: tuple[int, ...]) -> Cached | None:
 
 
 def _now_readable(place: Path, source: Source, shape: tuple[int, ...]) -> bool:
-    """Whether an image that was left out could be read today (a permission given since leaves no other trace)."""
+    """Whether an image that was left out can be read now: a permission given since leaves no other trace."""
     for row in json.loads((place / "meta.json").read_bytes())["skipped_rows"]:
         record = source.records[row]
         try:
@@ -284,6 +285,6 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync(stream) -> None:  # noqa: ANN001
+def _sync(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())

@@ -1,7 +1,8 @@
-"""Bytes of unknown origin in, a small uint8 array out; nothing in between may execute, hang or fill the memory.
+"""Bytes of unknown origin in, a small uint8 array out; nothing in between may execute or fill the memory.
 
-Only Pillow's raster decoders for six formats are reachable (no EPS, PDF or other format with a program inside),
-the size is read from the header and checked before a pixel is decoded, and only the first frame is ever looked at.
+Only Pillow's raster decoders for six formats are reachable (no EPS, PDF or other format with a program
+inside), the size is read from the header and checked before a pixel is decoded, and only the first frame is
+ever looked at.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def decode_image(raw: bytes, *, size: tuple[int, int] | None, channels: int, whe
     """The first frame of an encoded image as uint8 [H, W, C].
 
     raw: the file's bytes; PNG, JPEG, WebP, GIF, TIFF or BMP, recognised by content, not by name.
-    size: (height, width) in pixels of the result, or None for the image's own; the image is shrunk or enlarged
-        with antialiasing until it covers the target and its centre is kept.
+    size: (height, width) in pixels of the result, or None for the image's own; the image is shrunk or
+        enlarged with antialiasing until it covers the target, and its centre is kept.
     channels: 1 (grey, ITU-R 601 luma) or 3 (RGB).
     where: what to call the image in an error.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled from 0..65535 to 0..255.
-    Raises `UnreadableImage` when the bytes are empty, not such an image, cut short, damaged, larger than
-    256 MB or than 64 million pixels.
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled from 0..65535 to
+    0..255. Raises `UnreadableImage` when the bytes are empty, not such an image, cut short, damaged, larger
+    than 256 MB or than 64 million pixels.
     """
     if not raw:
         raise UnreadableImage(where, "is empty (0 bytes)")

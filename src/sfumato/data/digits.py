@@ -22,7 +22,7 @@ def _all_digits() -> tuple[np.ndarray, np.ndarray]:
 def load_digits(*, holdout: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Images (uint8 [N, 28, 28, 1], white on black) and labels (int64 [N], grouped by label).
 
-    The first 400 of each label (N = 4,000), or with `holdout` the other 100 (N = 1,000): the same split always.
+    The first 400 of each label (N = 4,000), or with `holdout` the other 100 (N = 1,000): always the same.
     """
     images, labels = _all_digits()
     rows = [np.flatnonzero(labels == label) for label in range(10)]

@@ -1,4 +1,4 @@
-"""Folders of image files and zip archives of one: class folders, `metadata.jsonl`, or plain unlabelled files."""
+"""Folders of image files and zip archives of one: class folders, `metadata.jsonl`, or plain files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,37 @@ from sfumato.data.records import Record, Source, bad_source, file_stamp, fingerp
 from sfumato.errors import InputError
 
 METADATA = "metadata.jsonl"
-READABLE = frozenset("png jpg jpeg jpe jfif webp gif tif tiff bmp".split())
+READABLE = frozenset(("png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "tif", "tiff", "bmp"))
 # Picture formats that are not read: reported instead of silently left out of the collection.
 OTHER_PICTURES = frozenset(
-    "avif dcm dds dib eps exr heic heif icns ico jp2 j2k nii pbm pcx pgm pnm ppm psd svg tga xcf".split()
+    (
+        "avif",
+        "dcm",
+        "dds",
+        "dib",
+        "eps",
+        "exr",
+        "heic",
+        "heif",
+        "icns",
+        "ico",
+        "jp2",
+        "j2k",
+        "nii",
+        "pbm",
+        "pcx",
+        "pgm",
+        "pnm",
+        "ppm",
+        "psd",
+        "svg",
+        "tga",
+        "xcf",
+    )
 )
-SPLITS = frozenset("train training test testing val valid validation dev eval evaluation".split())
+SPLITS = frozenset(
+    ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation")
+)
 _ACCEPTED = "put png, jpg, webp, gif, tif or bmp files into it"
 
 
@@ -38,8 +63,9 @@ def open_folder(spec: str, root: Path) -> Source:
     """A folder of images; links to files are followed, links to folders too but each folder is entered once.
 
     With `metadata.jsonl` at the top (one JSON object a line: `file_name`, optional `label`, `group_id`,
-    `caption`) only that file gives labels. Without it, each folder at the top is a label, also when it holds no
-    image, and images without folders are unlabelled. Hidden files and files that are not pictures are ignored.
+    `caption`) only that file gives labels. Without it, each folder at the top is a label, also when it holds
+    no image, and images without folders are unlabelled. Hidden files and files that are not pictures are
+    ignored.
     """
     root = root.resolve()
     files, folders = _walk(spec, root)
@@ -161,7 +187,7 @@ def _from_metadata(tree: _Tree) -> tuple[list[Record], tuple[str, ...] | None]:
                 None if label is None else str(label),
                 None if group is None else str(group),
                 None if caption is None else str(caption),
-            )  # fmt: skip
+            )
         )
     for name in tree.files:
         if _is_picture(name) and name not in line_of:
@@ -207,7 +233,7 @@ def _field(
     raise _bad_row(
         tree,
         line,
-        f"has a {key} that is not {' or '.join({'str': 'text', 'int': 'an integer'}[k.__name__] for k in kinds)}",
+        f"has a {key} that is not {'text or an integer' if int in kinds else 'text'}",
     )
 
 

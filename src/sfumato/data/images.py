@@ -1,4 +1,4 @@
-"""The three ways to hold images: public, protected (the only way to sensitive pixels), and for the owner's eyes."""
+"""Three ways to hold images: public, protected (the only way to sensitive pixels), for the owner's eyes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Units(Sequence[np.ndarray]):
     """Row numbers of each unit: `units[u]` is int64 [rows of unit u]; two arrays, however many units."""
 
     def __init__(self, groups: np.ndarray | int) -> None:
-        """groups: for each row the dense number of its unit, or the number of rows when each row is a unit."""
+        """groups: the dense number of each row's unit, or the number of rows when each row is a unit."""
         if isinstance(groups, int):
             self._rows, self._ends = np.arange(groups), np.arange(1, groups + 1)
         else:
@@ -122,18 +122,18 @@ class Units(Sequence[np.ndarray]):
 class ProtectedImages:
     """The only handle through which code reaches sensitive pixels.
 
-    It gives nothing away by itself: no indexing, iteration, length, array, copy or pickle, and its repr and its
-    public attributes hold only what the user declared. Mechanisms under `sfumato.privacy` read the private
-    attributes; a test enforces that nothing else does.
+    It gives nothing away by itself: no indexing, iteration, length, array, copy or pickle, and its repr and
+    its public attributes hold only what the user declared. Mechanisms under `sfumato.privacy` read the
+    private attributes; a test enforces that nothing else does.
 
     source: anything `open_source` takes.
     ledger: the account that every mechanism on these images is charged to; stored, not used here.
-    unit: "image", or "group" for all images with the same `group_id`: what one neighbouring step adds or removes.
+    unit: what one neighbouring step adds or removes: "image", or "group" for all images of one `group_id`.
     size: (height, width) in pixels, or one number for both. channels: 1 or 3.
     public_size: the number of units, when the owner declares it to be public; otherwise it is private.
-    label_names: the set of labels, when declared here; an image with another label is an error. By default the
-        folder names or the metadata declare it: the set of labels is public, how often each occurs is not.
-    skip_unreadable: go on without images that cannot be read (each affects only itself, so the guarantee stands).
+    label_names: the set of labels, when declared here; an image with another label is an error. By default
+        the folder names or the metadata declare it: the set is public, how often each label occurs is not.
+    skip_unreadable: go on without images that cannot be read. Each affects only itself: the guarantee stands.
 
     Attributes: ledger, unit, size (H, W), channels, public_size, label_names (("all",) when unlabelled),
     has_labels, description.
@@ -217,7 +217,7 @@ def same_content(private: ProtectedImages | OwnerImages, public: PublicImages) -
             same = same or mine.location in other.location.parents or other.location in mine.location.parents
     if same:
         raise bad_source(
-            mine.spec, f"and the public '{printable(other.spec)}' are the same images or one inside the other",
+            mine.spec, f"and the public '{printable(other.spec)}' are the same, or one holds the other",
             "give public images that do not contain the private ones",
         )  # fmt: skip
 

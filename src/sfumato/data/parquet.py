@@ -1,4 +1,4 @@
-"""Hugging Face's layout: parquet files with an `image` column (bytes inside) and class names in the metadata."""
+"""Hugging Face's layout: parquet files with an `image` column of bytes and class names in the metadata."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LAYOUT = (
 
 
 class _Images:
-    """The image column of several files, decoded a few rows at a time; reading in order touches each page once."""
+    """The image column of several files, read a few rows at a time; in order, each page is touched once."""
 
     def __init__(self, spec: str, files: list[pq.ParquetFile], column: str) -> None:
         self.spec, self.column = spec, column
@@ -180,7 +180,7 @@ def table_records(
             text(groups, index),
             text(captions, index),
             lambda: read(index),
-        ),  # fmt: skip
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""What every source of images looks like to the rest of the program: a sequence of records, read one at a time."""
+"""What every source of images looks like to the rest of the program: records, read one at a time."""
 
 from __future__ import annotations
 

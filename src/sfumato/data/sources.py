@@ -32,9 +32,9 @@ _ACCEPTED = (
 def open_source(spec: str | Path) -> Source:
     """Open a collection of images without reading its pixels.
 
-    spec: a folder (class folders, `metadata.jsonl`, or plain files), a `.zip` of one, a `.parquet` file or folder
-    of them, an `.npz` (`images`, `labels`), an idx file (`.gz` or not), `demo:digits` (4,000 handwritten
-    digits), `demo:digits-holdout` (another 1,000), `demo:glyphs`, `fashion-mnist[:PATH]`,
+    spec: a folder (class folders, `metadata.jsonl`, or plain files), a `.zip` of one, a `.parquet` file or
+    a folder of them, an `.npz` (`images`, `labels`), an idx file (`.gz` or not), `demo:digits` (4,000
+    handwritten digits), `demo:digits-holdout` (another 1,000), `demo:glyphs`, `fashion-mnist[:PATH]`,
     `fashion-mnist-test[:PATH]` or `hf:NAME[:split]`.
 
     Raises `InputError` in one line when there is nothing of the kind, or what is there is not in order.
@@ -70,7 +70,7 @@ def open_source(spec: str | Path) -> Source:
 
 
 def default_holdout(spec: str | Path) -> str | None:
-    """The spec of the records held out from a built-in collection, for evaluation; None when there is none."""
+    """The spec of what is held out from a built-in collection, for evaluation; None when there is none."""
     name, colon, folder = str(spec).partition(":")
     if name == "fashion-mnist":
         return _HOLDOUTS[name] + colon + folder
