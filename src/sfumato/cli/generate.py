@@ -28,14 +28,14 @@ class GenerateOptions:
     """How many images to make, a number above 0."""
 
     label: str | None = None
-    """Make images of this label only, by name. Default: labels in equal shares, or none where the model has none."""
+    """Make images of this label only, by name. Default: all labels in equal shares."""
 
     seed: int = 0
     """Seed of sampling, an integer. The same seed makes the same images."""
 
     guidance: float | None = None
-    """Classifier-free guidance weight, a factor; 1 is none, larger makes labels clearer and images more alike.
-    Default: the model's own."""
+    """Classifier-free guidance weight, a factor; 1 is none, larger makes labels clearer and images more
+    alike. Default: the model's own."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -80,5 +80,6 @@ def model_folder(model: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise InputError(
-        f"{model}: no generator there (config.json is missing). Name a run's folder, its release/, or release/model."
+        f"{model}: no generator there (config.json is missing). "
+        "Name a run's folder, its release/, or release/model."
     )

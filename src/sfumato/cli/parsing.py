@@ -1,4 +1,4 @@
-"""From a dataclass to a command line: its fields are the options, the docstring below each field is its help."""
+"""From a dataclass to a command line: fields are the options, the docstring below each is its help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import tyro
 Options = TypeVar("Options")
 
 
-def parse(kind: type[Options], prog: str, arguments: Sequence[str], given: dict[str, Any] | None = None) -> Options:
+def parse(
+    kind: type[Options], prog: str, arguments: Sequence[str], given: dict[str, Any] | None = None
+) -> Options:
     """The options in `arguments`; `given` replaces defaults (values from a file), the arguments win over it.
 
     Prints help or what is wrong and raises SystemExit (0 or 2) as command lines do.

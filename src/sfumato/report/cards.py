@@ -22,8 +22,14 @@ def card(facts: ReleaseFacts) -> str:
         "license_name": "set-by-the-owner-of-the-data",
         "library_name": "diffusers",
         "pipeline_tag": "unconditional-image-generation",
-        "tags": ["differential-privacy", "synthetic-data", "diffusers", "image-generation", f"sfumato-{facts.method}"],
-    }  # fmt: skip
+        "tags": [
+            "differential-privacy",
+            "synthetic-data",
+            "diffusers",
+            "image-generation",
+            f"sfumato-{facts.method}",
+        ],
+    }
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=False,  # Markdown, not HTML; `_cell` keeps names from breaking out of their place

@@ -26,7 +26,7 @@ def release_report(facts: ReleaseFacts) -> str:
 
 
 def internal_report(facts: ReleaseFacts, owner: OwnerFacts) -> str:
-    """The owner's page: accuracy on real images and real pictures, marked "not for release", then the release's page.
+    """The owner's page, marked "not for release": accuracy, real pictures, then all that the release's page says.
 
     Write it under `internal/` only: it holds private pixels and figures without a guarantee.
     """
@@ -43,13 +43,18 @@ def internal_report(facts: ReleaseFacts, owner: OwnerFacts) -> str:
     own = {
         "holdout": owner.holdout_description,
         "accuracy": [
-            {"name": row.name, "percent": f"{100 * row.accuracy:.1f} %", "width": 100 * row.accuracy / best, "note": row.note}
+            {
+                "name": row.name,
+                "percent": f"{100 * row.accuracy:.1f} %",
+                "width": 100 * row.accuracy / best,
+                "note": row.note,
+            }
             for row in owner.accuracy
         ],
         "gallery": gallery,
         "notes": owner.notes,
         "stages": [(stage.name, f"{stage.seconds:,.0f} s", stage.detail) for stage in facts.stages],
-    }  # fmt: skip
+    }
     return _render("report.html", page, owner=own)
 
 
@@ -101,8 +106,15 @@ def _page(facts: ReleaseFacts) -> dict[str, Any]:
         "numbers": _numbers(certificate, unit),
         "bars": _bars(certificate),
         "events": [
-            (reservation["label"], claim(reservation["epsilon"]), f"{reservation['delta']:.2g}",
-             [(entry["mechanism"], entry.get("says", ""), event_text(entry["event"])) for entry in reservation["events"]])
+            (
+                reservation["label"],
+                claim(reservation["epsilon"]),
+                f"{reservation['delta']:.2g}",
+                [
+                    (entry["mechanism"], entry.get("says", ""), event_text(entry["event"]))
+                    for entry in reservation["events"]
+                ],
+            )
             for reservation in certificate["reservations"]
         ],
         "samples": _samples(facts),
@@ -115,7 +127,7 @@ def _page(facts: ReleaseFacts) -> dict[str, Any]:
         "software": sorted(certificate.get("software", {}).items()),
         "ledger_head": certificate.get("ledger", {}).get("head", ""),
         "number": number,
-    }  # fmt: skip
+    }
 
 
 def _statement(certificate: dict[str, Any]) -> str:
@@ -148,19 +160,35 @@ def _numbers(certificate: dict[str, Any], unit: str) -> list[tuple[str, str, str
         ("δ (delta)", f"{certificate['delta']:.2g}", "probability with which the bound may fail"),
     ]
     if certificate.get("epsilon_replace_one") is not None:
-        rows.append(("ε, replace one", claim(certificate["epsilon_replace_one"]), f"replacing one {unit} by another"))
+        rows.append(
+            ("ε, replace one", claim(certificate["epsilon_replace_one"]), f"replacing one {unit} by another")
+        )
     if certificate.get("epsilon_rdp") is not None:
-        rows.append(("ε by RDP", claim(certificate["epsilon_rdp"]), "the same events by an older, looser accountant"))
+        rows.append(
+            ("ε by RDP", claim(certificate["epsilon_rdp"]), "the same events by an older, looser accountant")
+        )
     budget = certificate.get("budget")
     if budget:
-        rows.append(("budget", f"ε {budget['epsilon']:g}, δ {budget['delta']:.2g}", "what the run was allowed to spend"))
+        rows.append(
+            (
+                "budget",
+                f"ε {budget['epsilon']:g}, δ {budget['delta']:.2g}",
+                "what the run was allowed to spend",
+            )
+        )
     if certificate.get("public_size") is not None:
-        rows.append(("public size", number(certificate["public_size"]), f"declared or noisy number of {unit}s; the divisor"))
+        rows.append(
+            (
+                "public size",
+                number(certificate["public_size"]),
+                f"declared or noisy number of {unit}s; the divisor",
+            )
+        )
     return rows  # fmt: skip
 
 
 def _bars(certificate: dict[str, Any]) -> list[dict[str, Any]]:
-    """One bar for what each mechanism would cost alone, then for what they cost together, then for the budget."""
+    """Bars: what each mechanism would cost alone, what they cost together, the budget."""
     bars = [
         {"name": cost.mechanism, "note": cost.event, "epsilon": cost.epsilon_alone, "kind": "alone"}
         for cost in costs(certificate)
@@ -168,10 +196,17 @@ def _bars(certificate: dict[str, Any]) -> list[dict[str, Any]]:
     if not bars:
         return []
     bars.append(
-        {"name": "composed", "note": "all of them together", "epsilon": certificate["epsilon"], "kind": "whole"}
+        {
+            "name": "composed",
+            "note": "all of them together",
+            "epsilon": certificate["epsilon"],
+            "kind": "whole",
+        }
     )
     if certificate.get("budget"):
-        bars.append({"name": "budget", "note": "", "epsilon": certificate["budget"]["epsilon"], "kind": "budget"})
+        bars.append(
+            {"name": "budget", "note": "", "epsilon": certificate["budget"]["epsilon"], "kind": "budget"}
+        )
     longest = max(bar["epsilon"] for bar in bars if math.isfinite(bar["epsilon"])) or 1.0
     for bar in bars:
         finite = math.isfinite(bar["epsilon"])
@@ -181,7 +216,7 @@ def _bars(certificate: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _samples(facts: ReleaseFacts) -> list[dict[str, Any]]:
-    """Rows of the sample grid: a label's name, a strip of the release, a strip of the public-only generator."""
+    """Rows of the sample grid: a label's name, a strip of the release, one of the public-only generator."""
     beside = facts.public_only_images
     if not facts.has_labels:
         return [
@@ -207,7 +242,7 @@ def _selection(facts: ReleaseFacts) -> list[tuple[str, list[str]]]:
 
 
 def _histogram(facts: ReleaseFacts) -> dict[str, Any] | None:
-    """The noisy histogram as cells: the selected and the largest public classes, in the public set's order."""
+    """The noisy histogram as cells: selected and largest public classes, in the public set's order."""
     if facts.noisy_histogram is None or facts.public_class_names is None:
         return None
     values = np.asarray(facts.noisy_histogram, dtype=float)
@@ -234,7 +269,9 @@ def _histogram(facts: ReleaseFacts) -> dict[str, Any] | None:
         "side": side,
         "width": len(columns) * side,
         "height": len(values) * side,
-        "labels": [(name, row * side + side * 0.7) for row, name in enumerate(facts.label_names[: len(values)])],
+        "labels": [
+            (name, row * side + side * 0.7) for row, name in enumerate(facts.label_names[: len(values)])
+        ],
         "classes": [(names[column], across * side + side * 0.68) for across, column in enumerate(columns)],
         "left": 12 + 7 * max((len(name) for name in facts.label_names[: len(values)]), default=1),
         "below": 12 + 7 * max((len(names[column]) for column in columns), default=1),

@@ -31,7 +31,7 @@ def number(value: float) -> str:
 
 
 def event_text(event: dict[str, Any]) -> str:
-    """A DpEvent of a certificate in words, e.g. `150 × Poisson sample with probability 0.33 of Gaussian …`."""
+    """A DpEvent of a certificate in words, e.g. `150 × (Poisson sample …)`."""
     kind = event.get("type")
     if kind == "GaussianDpEvent":
         return f"Gaussian noise, multiplier {number(event['noise_multiplier'])}"
@@ -86,7 +86,7 @@ def costs(certificate: dict[str, Any]) -> list[Cost]:
 def guessing_limit(epsilon: float, delta: float) -> float:
     """Best chance to guess rightly, from a fair coin, whether a unit was in: (e^ε + δ) / (1 + e^ε).
 
-    Follows from the (ε, δ) trade-off (Kairouz, Oh and Viswanath 2015): a test's two error rates sum to at least
-    2(1 − δ) / (1 + e^ε), and its chance to be right is 1 minus half that sum.
+    Follows from the (ε, δ) trade-off (Kairouz, Oh and Viswanath 2015): a test's two error rates sum to at
+    least 2(1 − δ) / (1 + e^ε), and its chance to be right is 1 minus half that sum.
     """
     return 1 - (1 - delta) / (1 + math.exp(min(epsilon, 700.0)))
