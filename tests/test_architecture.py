@@ -1,0 +1,186 @@
+"""Dependencies point one way, and what must never be imported or called is not; read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "sfumato"
+
+# Which rooms a room may import from; every room may also import the three modules of EVERYBODY.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "progress": set(),
+    "checkpoint": set(),
+    "data": set(),
+    "privacy": {"data"},
+    "diffusion": {"data"},
+    "encoders": {"data"},
+    "evaluation": {"data", "diffusion", "encoders"},
+    "report": {"data", "privacy"},
+    "synthesis": {"data", "diffusion", "encoders", "evaluation", "machine", "privacy", "report"},
+    "machine": {"privacy", "data"},
+    "cli": {"data", "diffusion", "evaluation", "machine", "privacy", "report", "synthesis"},
+}
+EVERYBODY = {"checkpoint", "errors", "progress"}
+FOREIGN = {"torchvision", "accelerate", "lightning", "pytorch_lightning", "hydra", "opacus", "torch_fidelity"}
+PICKLE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def imports(source: str) -> Iterator[str]:
+    """Dotted names of all imports of a module, also inside functions and by import_module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+                yield str(node.args[0].value)
+
+
+def wrong_direction(source: str, here: str) -> list[str]:
+    """Imports of a module in room `here` that point the wrong way."""
+    found = []
+    for name in imports(source):
+        parts = name.split(".")
+        if parts[0] == "sfumato" and len(parts) > 1 and here in ALLOWED:
+            allowed = ALLOWED[here] | EVERYBODY | {here}
+            if parts[1] not in allowed and parts[1] != "__version__":
+                found.append(name)
+        elif parts == ["sfumato"] and here in ALLOWED:
+            found.append(name)
+    return found
+
+
+def dangerous(source: str) -> list[str]:
+    """Imports of forbidden libraries, pickle in any form, and torch.load or numpy loading that could unpickle."""
+    found = [name for name in imports(source) if name.split(".")[0] in FOREIGN | PICKLE]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in (
+            "torch.load",
+            "torch.save",
+            "torch.jit.load",
+            "pickle.loads",
+            "pd.read_pickle",
+            "eval",
+            "exec",
+        ):
+            found.append(name)
+        if name in ("np.load", "numpy.load"):
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if keywords.get("allow_pickle", "False") != "False":
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_one_way(path):
+    assert wrong_direction(path.read_text(encoding="utf-8"), room(path)) == []
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_dangerous_or_foreign(path):
+    assert dangerous(path.read_text(encoding="utf-8")) == []
+
+
+def test_every_room_has_its_rule():
+    rooms = {room(path) for path in modules()} - {"__init__", "__main__"}
+    assert rooms <= set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("here", "planted"),
+    [
+        ("privacy", "from sfumato.synthesis.run import synthesize"),
+        ("privacy", "def f():\n    import sfumato.synthesis.privimage as method"),
+        ("privacy", "from sfumato.diffusion import edm"),
+        ("diffusion", "from sfumato.privacy.budget import Budget"),
+        ("diffusion", "if TYPE_CHECKING:\n    import sfumato.privacy.ledger"),
+        ("data", "from sfumato.privacy import ledger"),
+        ("data", "from sfumato import Ledger"),
+        ("evaluation", "import importlib\nimportlib.import_module('sfumato.privacy.ledger')"),
+        ("synthesis", "from sfumato.cli.main import main"),
+        ("report", "from sfumato.synthesis.options import SynthesizeOptions"),
+    ],
+)
+def test_a_planted_wrong_direction_is_caught(here, planted):
+    assert wrong_direction(planted, here)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import torchvision",
+        "from accelerate import Accelerator",
+        "import lightning.pytorch as pl",
+        "def f(path):\n    import pickle\n    return pickle.load(path)",
+        "import torch\nstate = torch.load('x.pt', weights_only=True)",
+        "import torch\ntorch.save({}, 'x.pt')",
+        "import numpy as np\nnp.load('x.npy', allow_pickle=True)",
+        "import joblib",
+        "from opacus import PrivacyEngine",
+    ],
+)
+def test_a_planted_danger_is_caught(planted):
+    assert dangerous(planted)
+
+
+def test_harmless_code_is_left_alone():
+    harmless = "import numpy as np\nimport torch\nnp.load('x.npz', allow_pickle=False)\nfrom safetensors.torch import load_file"
+    assert dangerous(harmless) == []
+    assert (
+        wrong_direction("from sfumato.errors import InputError\nfrom sfumato.data import images", "privacy")
+        == []
+    )
+
+
+HEAVY = (
+    "torch",
+    "dp_accounting",
+    "diffusers",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "numpy",
+    "pyarrow",
+    "sqlalchemy",
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "import sfumato; sfumato.__version__; dir(sfumato)",
+        "from sfumato.cli.main import main; main(['--help'])",
+        "from sfumato.cli.main import main; main(['--version'])",
+        "from sfumato.cli.main import main; main(['synthesise'])",
+        *(
+            f"from sfumato.cli.main import main\ntry:\n    main(['{verb}', '--help'])\nexcept SystemExit: pass"
+            for verb in ("synthesize", "generate", "plan", "ledger", "checks")
+        ),
+    ],
+)
+def test_help_loads_nothing_heavy(command):
+    probe = f"{command}\nimport sys\nprint('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("HEAVY []")
