@@ -113,8 +113,8 @@ def calibrate(make_events: Callable[[float], Sequence[DpEvent]], budget: Budget)
         high *= 2
         if high > 1e8:
             raise BudgetError(
-                f"no amount of noise fits epsilon {target:g} at delta {budget.delta:g}: the other parts alone "
-                "cost more; no budget was spent. Raise the budget or leave parts out"
+                f"no amount of noise fits epsilon {target:g} at delta {budget.delta:g}: the other parts "
+                "alone cost more; no budget was spent. Raise the budget or leave parts out"
             )
     low = high / 2
     while low > 1e-6 and quick(low) <= target:  # RDP is never too small: what fits it fits
@@ -140,7 +140,7 @@ def calibrate(make_events: Callable[[float], Sequence[DpEvent]], budget: Budget)
         if at_high >= target * (1 - 1e-5) or high / low < 1 + 1e-7:
             break
         middle = math.sqrt(low * high)
-        if 0 < at_high and math.isfinite(at_low) and step % 3 < 2:
+        if at_high > 0 and math.isfinite(at_low) and step % 3 < 2:
             rise = math.log(at_low / (target * (1 - 5e-6))) / math.log(at_low / at_high)
             middle = low * (high / low) ** min(max(rise, 1e-3), 1 - 1e-3)
         at_middle = exact(middle)
@@ -241,7 +241,7 @@ def _quick_rdp(events: Sequence[DpEvent], delta: float) -> float:
 
 
 def _two_steps(epsilon: Callable[[float], float], delta: float) -> float:
-    """Replace-one as remove-one then add-one: 2 e(d') for the largest d' found with (1 + exp(e(d'))) d' <= delta."""
+    """Replace-one as remove-one, add-one: 2 e(d') at the largest d' found with (1 + exp(e(d'))) d' <= delta."""
     if delta == 0:
         return 2 * epsilon(0.0)
     best, low, high = math.inf, math.log(delta) - 200.0, math.log(delta / 2)

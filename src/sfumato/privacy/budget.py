@@ -60,8 +60,8 @@ class Budget(Amount):
         super().__post_init__()
         if self.epsilon == 0:
             raise InputError(
-                "epsilon must be above 0: with none, nothing may be learnt from the private images; no budget "
-                "was spent. Give a positive epsilon, or use the method public-only, which needs none"
+                "epsilon must be above 0: with none, nothing may be learnt from the private images; no "
+                "budget was spent. Give a positive epsilon, or use the method public-only, which needs none"
             )
 
 

@@ -1,9 +1,9 @@
-"""Random numbers on which a guarantee rests: a ChaCha20 stream keyed by the operating system, and exact noise.
+"""Random numbers that carry a guarantee: a ChaCha20 stream keyed by the operating system, and exact noise.
 
 There is no way to pass a seed, and none is ever stored: noise that can be drawn again is no noise.
 
-**Floating-point stance.** Histograms and counts use OpenDP's exact discrete samplers: their guarantee holds to
-the last bit. The vector noise of DP-SGD and of mean images is a continuous Gaussian computed in float64 from
+**Floating-point stance.** Histograms and counts use OpenDP's exact discrete samplers: their guarantee holds
+to the last bit. The vector noise of DP-SGD and of mean images is a continuous Gaussian computed in float64 from
 53-bit uniforms (Box-Muller) and added to a float sum. This is the stance of every DP-SGD library; what it
 leaves open is (a) the accounting treats the noise as real-valued, while the released floats lie on a grid,
 an attack surface for somebody who sees the un-rounded sums (Mironov 2012), and (b) tails end at
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +31,7 @@ _WORK = 1 << 15  # pairs of normals per round, small enough to stay in the proce
 class SecureStream:
     """A stream of cryptographically secure random numbers, keyed by `os.urandom`.
 
-    Safe across `fork`: a child draws from a new key. Not safe to share between threads; make one each.
+    Safe across `fork` (a child draws from a new key) and to share between threads.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class SecureStream:
         return out
 
     def gaussian(self, shape: int | Sequence[int]) -> np.ndarray:
-        """Independent standard normals, float64 of the given shape (Box-Muller; see the floating-point stance)."""
+        """Independent standard normals, float64 of the given shape (Box-Muller; see above)."""
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         n = math.prod(shape)
         out = np.empty(n + n % 2)
@@ -100,6 +102,7 @@ class SecureStream:
         # the stream does not repeat within 2^70 bytes; one key is never used twice.
         self._cipher = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
         self._owner = os.getpid()
+        self._lock = threading.Lock()
         self._buffer = b""
         self._used = 0
 
@@ -108,12 +111,13 @@ class SecureStream:
             self._key()
         if n < 0:
             raise InputError("cannot draw a negative number of random values")
-        if n > _BLOCK:
-            return self._cipher.update(bytes(n))
-        if self._used + n > len(self._buffer):
-            self._buffer, self._used = self._cipher.update(_ZEROS), 0
-        taken = self._buffer[self._used : self._used + n]
-        self._used += n
+        with self._lock:
+            if n > _BLOCK:
+                return self._cipher.update(bytes(n))
+            if self._used + n > len(self._buffer):
+                self._buffer, self._used = self._cipher.update(_ZEROS), 0
+            taken = self._buffer[self._used : self._used + n]
+            self._used += n
         return taken
 
 
@@ -131,8 +135,9 @@ def discrete_gaussian(values: np.ndarray, scale: float) -> np.ndarray:
     Returns:
         int64 array of the same shape.
     """
-    import opendp.prelude as dp
+    from opendp import prelude
 
+    dp: Any = prelude
     values = _integers(values)
     _check_scale(scale)
     dp.enable_features("contrib")
@@ -146,8 +151,9 @@ def discrete_laplace(value: int, scale: float) -> int:
 
     With sensitivity s this is (s / scale, 0)-differentially private.
     """
-    import opendp.prelude as dp
+    from opendp import prelude
 
+    dp: Any = prelude
     _check_scale(scale)
     dp.enable_features("contrib")
     space = dp.atom_domain(T="i64"), dp.absolute_distance(T="i64")

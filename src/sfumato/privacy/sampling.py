@@ -41,7 +41,7 @@ class PoissonSampler:
         return np.flatnonzero(self._stream.bernoulli(self.probability, self._num_units)).astype(np.int64)
 
     def event(self, noise_multiplier: float) -> DpEvent:
-        """What one batch costs when its clipped sum gets Gaussian noise of `noise_multiplier` times the clip norm."""
+        """What one batch costs whose clipped sum gets Gaussian noise of `noise_multiplier` x clip norm."""
         from dp_accounting.dp_event import GaussianDpEvent, PoissonSampledDpEvent
 
         return PoissonSampledDpEvent(self.probability, GaussianDpEvent(float(noise_multiplier)))
