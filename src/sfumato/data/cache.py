@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
 
 from sfumato.data.decoding import UnreadableImage, decode_image, fit_array
 from sfumato.data.records import NO_BUDGET, Record, Source, fingerprint, printable
@@ -117,7 +116,7 @@ def _build(partial: Path, source: Source, shape: tuple[int, ...], skip_unreadabl
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
         open(partial / "images.u8", "wb") as stream,
     ):
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused with an error of ours
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters becomes an error of ours
         for start, block in _blocks(source):
             decoded = pool.map(lambda item: _decode(item[0], item[1], shape), block)
             for row, ((record, _), pixels) in enumerate(zip(block, decoded, strict=True), start=start):

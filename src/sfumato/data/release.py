@@ -223,7 +223,7 @@ class InternalWriter:
 
 
 def refuse_private(value: Any, name: str) -> None:
-    """Raise `InputError` when `value` is, or holds at any depth, protected images or what only the owner may see.
+    """Raise `InputError` when `value` is, or holds at any depth, what only the owner may see.
 
     Looked through: containers, dataclasses, attributes of objects, what arrays are views of."""
     waiting, seen = [value], set()
@@ -284,5 +284,5 @@ def _cannot_write(out: Path, what: str, error: OSError) -> InputError:
     problem = "the disk is full" if full else str(error.strerror or error)
     return InputError(
         f"{what} cannot be written under '{out}': {problem}; writing spends no budget and what was there "
-        f"before is unharmed; {'free some space' if full else 'allow writing there'} and run the command again"
+        f"before is unharmed; {'free some space' if full else 'allow writing'} and run the command again"
     )

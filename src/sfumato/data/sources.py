@@ -14,6 +14,7 @@ from sfumato.data.digits import load_digits
 from sfumato.data.folder import open_folder, open_zip
 from sfumato.data.parquet import open_hub, open_parquet, parquet_files, table_records
 from sfumato.data.records import Record, Source, bad_source, fingerprint
+from sfumato.errors import InputError
 
 __all__ = ["Record", "Source", "default_holdout", "open_source"]
 
@@ -59,6 +60,8 @@ def open_source(spec: str | Path) -> Source:
         if path.is_file():
             return _open_file(text, path)
         exists = path.exists()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # no permission to look at it, or a name no file can have
         raise bad_source(
             text, f"cannot be opened ({getattr(error, 'strerror', None) or error})", _ACCEPTED
