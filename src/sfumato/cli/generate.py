@@ -19,7 +19,7 @@ class GenerateOptions:
     """Make more images with a released generator. Free: it costs no privacy budget, however many are made."""
 
     model: Positional[str]
-    """The generator: a run's folder, its release/, or release/model."""
+    """The generator: a run's folder, its release/, its release/model, or a hub id such as OWNER/NAME."""
 
     out: str
     """Folder to write; one folder for each label, and metadata.jsonl. It must not hold anything yet."""
@@ -45,22 +45,23 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError(f"--num-images {options.num_images} cannot be used: it has to be 1 or more.")
     if options.guidance is not None and options.guidance < 0:
         raise InputError(f"--guidance {options.guidance} cannot be used: it has to be 0 or more.")
-    folder, out = model_folder(options.model), Path(options.out)
+    out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} already holds something; choose another folder.")
 
     from sfumato.data.release import ReleaseWriter
     from sfumato.diffusion.generator import Generator
 
-    generator = Generator.from_pretrained(folder)
+    generator = Generator.from_pretrained(options.model)
     names = list(generator.label_names)
     labels = None
     if options.label is not None:
         if options.label not in names:
             raise InputError(f"--label {options.label!r}: the model knows {', '.join(names[:50])}.")
         labels = [names.index(options.label)] * options.num_images
-    more = {} if options.guidance is None else {"guidance": options.guidance}
-    images, made = generator.generate(options.num_images, labels=labels, seed=options.seed, **more)
+    if options.guidance is not None:
+        generator = generator.with_sampling(guidance=options.guidance)
+    images, made = generator.generate(options.num_images, labels=labels, seed=options.seed)
 
     working = out.with_name(out.name + ".partial")
     writer = ReleaseWriter(working)
@@ -72,14 +73,3 @@ def run(arguments: Sequence[str]) -> int:
     shutil.rmtree(working, ignore_errors=True)
     say(f"{len(images):,} images in {out}. Post-processing: no budget was spent.")
     return 0
-
-
-def model_folder(model: str) -> Path:
-    """The folder that holds the generator: MODEL itself, MODEL/model or MODEL/release/model."""
-    for folder in (Path(model), Path(model) / "model", Path(model) / "release" / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise InputError(
-        f"{model}: no generator there (config.json is missing). "
-        "Name a run's folder, its release/, or release/model."
-    )
