@@ -1,13 +1,14 @@
 """Per-unit gradients from one ordinary backward pass.
 
-Weights do not ask autograd for their gradient. Instead each layer's input is kept in the forward pass, and when the
-gradient at its output arrives in the backward pass, the gradient of every unit's weights is formed from the two at
-once: [U, *weight shape], summed over the unit's K rows and all positions. Nothing of size [U * K, P] exists. Both
-tensors are read by their logical dimensions, so memory formats (channels_last, transposed attention tensors) do not
-matter.
+Weights do not ask autograd for their gradient. Instead each layer's input is kept in the forward pass, and
+when the gradient at its output arrives in the backward pass, the gradient of every unit's weights is formed
+from the two at once: [U, *weight shape], summed over the unit's K rows and all positions. Nothing of size
+[U * K, P] exists. Both tensors are read by their logical dimensions, so memory formats (channels_last,
+transposed attention tensors) do not matter.
 
-Layers: Conv2d, Linear, GroupNorm, LayerNorm, Embedding. A layer may be used several times in one forward pass.
-`Unsupported` is raised, before anything private is derived, for a network with any other trainable parameter.
+Layers: Conv2d, Linear, GroupNorm, LayerNorm, Embedding. A layer may be used several times in one forward
+pass. `Unsupported` is raised, before anything private is derived, for a network with any other trainable
+parameter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Formed = Iterable[tuple[str, Tensor]]  # (name of the layer's own parameter, gra
 # (layer, its wanted parameters, U, its input, the gradient at its output) -> gradients
 Form = Callable[[Any, Wanted, int, Tensor, Tensor], Formed]
 
-# Measured on CPU: from this many positions in a unit, one convolution call per unit beats one product for all units.
+# Measured on CPU: from this many positions in a unit, one convolution call per unit beats one product for
+# all units.
 POSITIONS_FOR_ONE_CALL_PER_UNIT = 192
 
 
@@ -36,7 +38,7 @@ class Unsupported(Exception):
 def fast_gradients(
     net: nn.Module, losses: Callable[[], Tensor], units: int, per_unit: int
 ) -> dict[str, Tensor]:
-    """Gradients {name: [U, *shape]} of `losses()`, shape [U], where `losses` runs `net` on U*K rows, unit by unit."""
+    """{name: [U, *shape]}: gradients of `losses()` [U], which runs `net` on U*K rows, unit by unit."""
     names = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
     layers = _covered_layers(net, names)
     parameters = [p for p in net.parameters() if p.requires_grad]
@@ -91,7 +93,7 @@ def fast_gradients(
 
 
 def _covered_layers(net: nn.Module, names: dict[int, str]) -> list[tuple[nn.Module, Wanted, Form]]:
-    """The layers that own trainable parameters, each with its rule; Unsupported if a parameter has no such owner."""
+    """The layers that own trainable parameters, and their rules; Unsupported if some have no such owner."""
     layers: list[tuple[nn.Module, Wanted, Form]] = []
     owned: list[int] = []
     for layer in net.modules():
@@ -154,8 +156,8 @@ def _conv2d(layer: nn.Conv2d, wanted: Wanted, units: int, value: Tensor, at_outp
 
 
 def _patches(layer: nn.Conv2d, value: Tensor, out_size: torch.Size) -> Tensor:
-    """What each output position sees, [N, out height, out width, kernel height, kernel width, channels]; a view."""
-    (pad_y, pad_x), (step_y, step_x), (gap_y, gap_x) = layer.padding, layer.stride, layer.dilation  # type: ignore
+    """What each output position sees: a view [N, out height, out width, *kernel, channels]."""
+    (pad_y, pad_x), (step_y, step_x), (gap_y, gap_x) = _sizes(layer)
     last = value.permute(0, 2, 3, 1)
     last = F.pad(last, (0, 0, pad_x, pad_x, pad_y, pad_y)) if pad_x or pad_y else last.contiguous()
     to_row, to_y, to_x, to_channel = last.stride()
@@ -163,6 +165,12 @@ def _patches(layer: nn.Conv2d, value: Tensor, out_size: torch.Size) -> Tensor:
         (value.shape[0], *out_size, *layer.kernel_size, value.shape[1]),
         (to_row, to_y * step_y, to_x * step_x, to_y * gap_y, to_x * gap_x, to_channel),
     )
+
+
+def _sizes(layer: nn.Conv2d) -> tuple[tuple[int, int], ...]:
+    """Padding, stride and dilation, each (vertical, horizontal)."""
+    both = (layer.padding, layer.stride, layer.dilation)
+    return tuple((int(vertical), int(horizontal)) for vertical, horizontal in both)
 
 
 def _linear(layer: nn.Linear, wanted: Wanted, units: int, value: Tensor, at_output: Tensor) -> Formed:

@@ -1,11 +1,13 @@
 """Gradients of single units, by three engines that must agree.
 
-A *unit* is what one neighbouring step adds or removes (one image, or all images of one group). `rows` holds K rows
-for each of U units: every tensor in it has shape [U, K, ...]. The gradient of a unit is the gradient of the *mean*
-of its K row losses with respect to all trainable parameters; K therefore changes neither sensitivity nor accounting.
+A *unit* is what one neighbouring step adds or removes (one image, or all images of one group). `rows` holds
+K rows for each of U units: every tensor in it has shape [U, K, ...]. The gradient of a unit is the gradient
+of the *mean* of its K row losses with respect to all trainable parameters; K therefore changes neither
+sensitivity nor accounting.
 
 Engines
-    "fast"   one backward pass for all units; weight gradients are formed unit by unit in hooks (fast_engine.py).
+    "fast"   one backward pass for all units; weight gradients are formed unit by unit in hooks
+    (fast_engine.py).
              Falls back to "exact" for a network that has trainable parameters outside the layers it knows.
     "exact"  torch.func.vmap(grad(...)); any network whose operations vmap supports.
     "loop"   one ordinary backward pass per unit; the oracle the other two are compared with.
@@ -42,12 +44,13 @@ def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
 def rows_shape(rows: Rows) -> tuple[int, int]:
     """(U, K) of `rows`; raises InputError when the tensors disagree or K is 0."""
     shapes = {tuple(value.shape[:2]) for value in rows.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[1] < 1:
+    units, per_unit = (*next(iter(shapes), ()), 0, 0)[:2]
+    if len(shapes) != 1 or per_unit < 1:
         raise InputError(
-            f"rows: every tensor needs the same leading shape [units, rows per unit], found {sorted(shapes)}; "
+            f"rows: every tensor needs the same leading shape [units, rows], found {sorted(shapes)}; "
             "no budget was spent; stack the rows of each unit along dimension 1"
         )
-    return next(iter(shapes))
+    return units, per_unit
 
 
 def check_engine(engine: str) -> None:
@@ -59,19 +62,20 @@ def check_engine(engine: str) -> None:
 
 
 def unit_losses(row_loss: RowLoss, call: Callable[..., Any], rows: Rows) -> Tensor:
-    """Mean loss of each unit over its K rows, shape [U]. Rows reach `row_loss` flat, [U*K, ...], unit by unit."""
+    """Mean loss of each unit over its K rows, [U]. Rows reach `row_loss` flat, [U*K, ...], unit by unit."""
     units, per_unit = rows_shape(rows)
     losses = row_loss(call, {name: value.flatten(0, 1) for name, value in rows.items()})
     if losses.shape != (units * per_unit,):
         raise InputError(
-            f"row_loss returned shape {tuple(losses.shape)} for {units * per_unit} rows; no budget was spent; "
-            "return one loss per row"
+            f"row_loss returned shape {tuple(losses.shape)} for {units * per_unit} rows; "
+            "no budget was spent; return one loss per row"
         )
     return losses.view(units, per_unit).mean(1)
 
 
 def per_unit_gradients(net: nn.Module, row_loss: RowLoss, rows: Rows, engine: Engine) -> dict[str, Tensor]:
-    """Gradient of each unit: {parameter name: [U, *parameter shape]}, all units at once (no physical batching).
+    """Gradient of each unit: {parameter name: [U, *parameter shape]}, all units at once (no physical
+    batching).
 
     The network's parameters, their `requires_grad` and their `.grad` are as before when this returns.
     """
@@ -125,10 +129,11 @@ def _exact(
 
 
 def units_at_once(net: nn.Module, row_loss: RowLoss, rows: Rows) -> int:
-    """How many units to process at once, from an estimate of memory; depends on shapes only, never on values.
+    """How many units to process at once, from an estimate of memory; depends on shapes only, never on
+    values.
 
-    One unit needs its gradients (twice: formed and reduced) and the activations autograd keeps for its K rows.
-    Those are counted on one row of zeros, once per network and row shape.
+    One unit needs its gradients (twice: formed and reduced) and the activations autograd keeps for its K
+    rows. Those are counted on one row of zeros, once per network and row shape.
     """
     _, per_unit = rows_shape(rows)
     key = tuple((name, tuple(value.shape[2:]), value.dtype) for name, value in sorted(rows.items()))
