@@ -142,7 +142,7 @@ def _fit(image: Image.Image | np.ndarray, size: tuple[int, int] | None, channels
 def _cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     scale = min(image.width / width, image.height / height)
-    box_width, box_height = scale * width, scale * height
+    box_width, box_height = min(scale * width, image.width), min(scale * height, image.height)
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
     box = (left, top, min(left + box_width, image.width), min(top + box_height, image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
