@@ -9,8 +9,10 @@ import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
 from sfumato.cli.main import main
+from sfumato.privacy.budget import Budget
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.ledger import Ledger
+from sfumato.report.certificate import certificate
 
 STEP = PoissonSampledDpEvent(0.1, GaussianDpEvent(2.0))
 PLAN = [
@@ -108,3 +110,48 @@ def test_unknown_action_and_help(capsys):
     assert main(["ledger", "--help"]) == 0
     assert "close LEDGER RESERVATION" in capsys.readouterr().out
     assert main(["ledger"]) == 2
+
+
+@pytest.fixture
+def release(ledger, tmp_path):
+    reservation = reserve(ledger)
+    for planned in PLAN:
+        reservation.begin(planned.mechanism, planned.event, planned.count)
+    reservation.settle()
+    certified = certificate(
+        [reservation],
+        unit="image",
+        public_size=1000,
+        budget=Budget(8, 1e-5),
+        software={"sfumato": "0"},
+        ledger_head=Ledger.open(ledger).head,
+    )
+    folder = tmp_path / "run" / "release"
+    folder.mkdir(parents=True)
+    (folder / "privacy.json").write_text(json.dumps(certified))
+    return folder
+
+
+def test_verify_recomputes_a_release(release, capsys):
+    for target in (release, release.parent, release / "privacy.json"):
+        assert main(["ledger", "verify", str(target)]) == 0
+        assert capsys.readouterr().out.startswith("holds: claimed ε")
+
+
+def test_verify_catches_a_release_that_claims_too_little(release, capsys):
+    certified = json.loads((release / "privacy.json").read_text())
+    certified["reservations"][0]["events"][1]["event"]["event"]["event"]["noise_multiplier"] /= 2
+    (release / "privacy.json").write_text(json.dumps(certified))
+    assert main(["ledger", "verify", str(release)]) == 1
+    assert "DOES NOT HOLD" in capsys.readouterr().out
+
+
+def test_verify_of_what_is_no_certificate(tmp_path, capsys):
+    (tmp_path / "privacy.json").write_text("{]")
+    assert main(["ledger", "verify", str(tmp_path)]) == 2
+    assert "is not JSON" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["ledger", "verify", str(tmp_path / "empty")]) == 2
+    assert "there is no privacy.json" in capsys.readouterr().err
+    (tmp_path / "privacy.json").write_text("{}")
+    assert main(["ledger", "verify", str(tmp_path)]) == 1

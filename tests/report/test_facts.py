@@ -78,6 +78,8 @@ def test_events_in_words():
     assert event_text({"type": "SelfComposedDpEvent", "count": 1500, "event": poisson}) == (
         "1,500 × (Poisson sample with probability 0.25, Gaussian noise, multiplier 50)"
     )
+    laplace = {"type": "DiscreteLaplaceDpEvent", "noise_parameter": 0.1, "sensitivity": 1}
+    assert event_text(laplace) == "discrete Laplace noise, ε 0.1"
     assert event_text({"type": "NonPrivateDpEvent"}) == "NOT PRIVATE"
     assert "Strange" in event_text({"type": "Strange", "value": 3})
 

@@ -37,6 +37,8 @@ def event_text(event: dict[str, Any]) -> str:
         return f"Gaussian noise, multiplier {number(event['noise_multiplier'])}"
     if kind == "LaplaceDpEvent":
         return f"Laplace noise, multiplier {number(event['noise_multiplier'])}"
+    if kind == "DiscreteLaplaceDpEvent":
+        return f"discrete Laplace noise, ε {number(event['noise_parameter'] * event['sensitivity'])}"
     if kind == "PoissonSampledDpEvent":
         inner = event_text(event["event"])
         return f"Poisson sample with probability {number(event['sampling_probability'])}, {inner}"

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tyro.conf import Positional
 
@@ -218,7 +218,7 @@ def _converted(path: str | Path, name: str, annotation: str, value: Any) -> Any:
         return _if_right(isinstance(value, bool), value, wrong)
     choices = {"method": Method, "preset": Preset, "unit": Unit}.get(name)
     if choices is not None:
-        return _if_right(value in choices.__args__, value, wrong)
+        return _if_right(value in get_args(choices), value, wrong)
     return str(value)
 
 
