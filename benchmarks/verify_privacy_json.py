@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import dp_accounting
+from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
@@ -28,14 +28,14 @@ def event_of(obj: dict[str, Any]) -> Any:
         fields["event"] = event_of(fields["event"])
     if obj["type"] == "ComposedDpEvent":
         fields["events"] = [event_of(part) for part in fields["events"]]
-    return getattr(dp_accounting, obj["type"])(**fields)
+    return getattr(dp_event, obj["type"])(**fields)
 
 
 def pure(event: Any) -> float:
     """Epsilon at delta 0: finite for discrete Laplace noise only."""
-    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+    if isinstance(event, dp_event.SelfComposedDpEvent):
         return event.count * pure(event.event)
-    if isinstance(event, dp_accounting.DiscreteLaplaceDpEvent):
+    if isinstance(event, dp_event.DiscreteLaplaceDpEvent):
         return event.noise_parameter * event.sensitivity
     return float("inf")
 
@@ -57,12 +57,10 @@ def by_rdp(events: list[Any], delta: float) -> float:
     accountant = RdpAccountant()
     for event in events:
         count = 1
-        while isinstance(event, dp_accounting.SelfComposedDpEvent):
+        while isinstance(event, dp_event.SelfComposedDpEvent):
             event, count = event.event, count * event.count
-        if isinstance(
-            event, dp_accounting.DiscreteLaplaceDpEvent
-        ):  # e-DP is e^2/2-zCDP, which RDP can compose
-            event = dp_accounting.ZCDpEvent(rho=pure(event) ** 2 / 2)
+        if isinstance(event, dp_event.DiscreteLaplaceDpEvent):  # e-DP is e^2/2-zCDP, which RDP can compose
+            event = dp_event.ZCDpEvent(rho=pure(event) ** 2 / 2)
         accountant.compose(event, count)
     return min(bound, accountant.get_epsilon(delta))
 
@@ -99,7 +97,7 @@ def main() -> int:
         print(__doc__)
         return 2
     files = [path / "privacy.json" if path.is_dir() else path for path in map(Path, sys.argv[1:])]
-    return 0 if all([check(file) for file in files]) else 1
+    return 0 if all(list(map(check, files))) else 1
 
 
 if __name__ == "__main__":

@@ -128,6 +128,19 @@ class PlannedEvent:
         return self.event if units == 1 else SelfComposedDpEvent(self.event, units)
 
 
+def planned_to_json(planned: PlannedEvent) -> dict[str, Any]:
+    """A planned event as the ledger records it."""
+    return {
+        "mechanism": planned.mechanism, "says": planned.says,
+        "event": event_to_json(planned.event), "count": planned.count,
+    }  # fmt: skip
+
+
+def planned_from_json(obj: dict[str, Any]) -> PlannedEvent:
+    """What `planned_to_json` wrote."""
+    return PlannedEvent(obj["mechanism"], obj["says"], event_from_json(obj["event"]), obj["count"])
+
+
 def _checked(value: Any, check: str, kind: str, field: str) -> float | int:
     if check in ("integer", "positive_integer"):
         if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -22,11 +22,9 @@ by comparing with a head kept elsewhere (every certificate holds one), `verify(h
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import math
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,38 +33,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sql
-from sqlalchemy import event as sql_event
-from sqlalchemy import exc
 
-from sfumato.errors import BudgetError, InputError, LedgerError
+from sfumato.errors import BudgetError, LedgerError
 from sfumato.privacy.accounting import epsilon_of
 from sfumato.privacy.budget import Amount, Budget
-from sfumato.privacy.events import PlannedEvent, canonical, event_from_json, event_to_json, same_event
+from sfumato.privacy.events import (
+    PlannedEvent,
+    canonical,
+    event_from_json,
+    event_to_json,
+    planned_from_json,
+    planned_to_json,
+    same_event,
+)
+from sfumato.privacy.ledger_replay import Replay
+from sfumato.privacy.ledger_store import (
+    CHARGES,
+    ENTRIES,
+    META,
+    append,
+    create_file,
+    create_tables,
+    head_row,
+    make_engine,
+    missing,
+    parse_url,
+    spent_now,
+    transaction,
+)
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
-FORMAT = "sfumato-ledger/1"
 SLACK = Fraction(1, 10**9)
-LOCK_TIMEOUT_S = 60.0
-_NO_HASH = "0" * 64
-
-_tables = sql.MetaData()
-_meta = sql.Table(
-    "sfumato_meta", _tables,
-    sql.Column("id", sql.Integer, primary_key=True), sql.Column("format", sql.Text), sql.Column("rows", sql.Integer),
-    sql.Column("head", sql.Text), sql.Column("bound", sql.Text),
-)  # fmt: skip
-_entries = sql.Table(
-    "sfumato_entries", _tables,
-    sql.Column("seq", sql.Integer, primary_key=True, autoincrement=False), sql.Column("body", sql.Text, nullable=False),
-    sql.Column("hash", sql.Text, nullable=False),
-)  # fmt: skip
-_charges = sql.Table(  # the present state of each reservation; `verify` derives it again from the entries
-    "sfumato_reservations", _tables,
-    sql.Column("id", sql.Text, primary_key=True), sql.Column("key", sql.Text, unique=True),
-    sql.Column("seq", sql.Integer), sql.Column("state", sql.Text, nullable=False),
-)  # fmt: skip
 
 
 class Ledger:
@@ -91,25 +90,25 @@ class Ledger:
             InputError: There is no ledger and no total to create one with.
             LedgerError: Another total is recorded, or the file is no ledger, locked or damaged.
         """
-        url = _url(where)
+        url = parse_url(where)
         shown = (url.database or "") if url.drivername.startswith("sqlite") else url.render_as_string()
         file = Path(url.database) if url.drivername.startswith("sqlite") and url.database else None
         if file is not None and not file.exists():
             if total is None:
-                raise _missing(shown)
-            _create_file(file, total, name)
+                raise missing(shown)
+            create_file(file, total, name)
         if file is not None and file.is_file() and file.stat().st_size == 0:
             raise LedgerError(
                 f"{shown} is empty: the ledger was lost. Put back a copy; do not start a new one"
             )
-        ledger = cls(_engine(url), shown)
+        ledger = cls(make_engine(url), shown)
         if file is None:
             with ledger._transaction(write=True) as db:
-                there = sql.inspect(db).has_table(_meta.name)
+                there = sql.inspect(db).has_table(META.name)
                 if not there and total is None:
-                    raise _missing(shown)
+                    raise missing(shown)
                 if not there and total is not None:
-                    _create_tables(db, total, name)
+                    create_tables(db, total, name)
         recorded = ledger.total
         if total is not None and (total.epsilon, total.delta) != (recorded.epsilon, recorded.delta):
             raise LedgerError(
@@ -134,7 +133,7 @@ class Ledger:
     def spent(self) -> Amount:
         """Sum over all reservations, open ones at their full price; rounded up."""
         with self._transaction() as db:
-            epsilon, delta = _spent(db)
+            epsilon, delta = spent_now(db)
         return Amount(_up(epsilon), _up(delta))
 
     @property
@@ -142,25 +141,25 @@ class Ledger:
         """What a new reservation may cost at most; rounded down, never below zero."""
         total = self.total
         with self._transaction() as db:
-            epsilon, delta = _spent(db)
+            epsilon, delta = spent_now(db)
         return Amount(_down(Fraction(total.epsilon) - epsilon), _down(Fraction(total.delta) - delta))
 
     @property
     def head(self) -> str:
         """Hash of the last row: keep it elsewhere, and `verify(head)` finds an older copy put back."""
         with self._transaction() as db:
-            return str(_head(db).head)
+            return str(head_row(db).head)
 
     def reservations(self) -> list[Reservation]:
         """All reservations that were granted, oldest first."""
         with self._transaction() as db:
-            rows = db.execute(sql.select(_charges.c.id).order_by(_charges.c.seq)).all()
+            rows = db.execute(sql.select(CHARGES.c.id).order_by(CHARGES.c.seq)).all()
         return [Reservation(self, row.id) for row in rows]
 
     def refusals(self) -> list[dict[str, Any]]:
         """All requests that were refused: label, epsilon, delta, time."""
         with self._transaction() as db:
-            rows = db.execute(sql.select(_entries.c.body).order_by(_entries.c.seq)).all()
+            rows = db.execute(sql.select(ENTRIES.c.body).order_by(ENTRIES.c.seq)).all()
         bodies = [json.loads(row.body) for row in rows]
         return [
             {k: b[k] for k in ("label", "epsilon", "delta", "time")} for b in bodies if b["kind"] == "refuse"
@@ -182,7 +181,7 @@ class Ledger:
             BudgetError: Beyond what is left. The refusal is recorded, nothing is spent.
             LedgerError: No finite epsilon; mechanism named twice; key used before with another plan.
         """
-        plan = [_planned_to_json(p) for p in planned]
+        plan = [planned_to_json(p) for p in planned]
         if not plan or len({p["mechanism"] for p in plan}) < len(plan):
             raise LedgerError(
                 f"{label}: a plan names each mechanism once and has at least one; no budget was spent"
@@ -198,22 +197,22 @@ class Ledger:
         entry = {"label": label, "key": key, "epsilon": epsilon, "delta": float(delta), "planned": plan}
         total = self.total
         with self._transaction(write=True) as db:
-            _head(db, lock=True)
+            head_row(db, lock=True)
             if key is not None and (found := self._by_key(key, plan, delta, db)) is not None:
                 return found
-            spent = _spent(db)
+            spent = spent_now(db)
             after = spent[0] + Fraction(epsilon), spent[1] + Fraction(float(delta))
             fits = after[0] <= Fraction(total.epsilon) * (1 + SLACK) and after[1] <= Fraction(total.delta) * (
                 1 + SLACK
             )
             if not fits:
-                _append(db, {"kind": "refuse", **entry}, spent)
+                append(db, {"kind": "refuse", **entry}, spent)
             else:
                 ident = secrets.token_hex(8)
-                seq = _append(db, {"kind": "reserve", "id": ident, **entry}, after)
+                seq = append(db, {"kind": "reserve", "id": ident, **entry}, after)
                 state = {k: entry[k] for k in ("label", "epsilon", "delta", "planned")}
                 state |= {"status": "open", "begun": {p["mechanism"]: 0 for p in plan}}
-                db.execute(sql.insert(_charges).values(id=ident, key=key, seq=seq, state=canonical(state)))
+                db.execute(sql.insert(CHARGES).values(id=ident, key=key, seq=seq, state=canonical(state)))
                 return Reservation(self, ident)
         left = self.remaining
         raise BudgetError(
@@ -231,13 +230,13 @@ class Ledger:
         salt = self._first()["salt"]
         digest = hashlib.sha256(f"{salt}\n{fingerprint}".encode()).hexdigest()
         with self._transaction() as db:
-            bound = _head(db).bound
+            bound = head_row(db).bound
         if bound is None:
             with self._transaction(write=True) as db:
-                bound = _head(db, lock=True).bound
+                bound = head_row(db, lock=True).bound
                 if bound is None:
-                    _append(db, {"kind": "bind", "digest": digest}, _spent(db))
-                    db.execute(sql.update(_meta).values(bound=digest))
+                    append(db, {"kind": "bind", "digest": digest}, spent_now(db))
+                    db.execute(sql.update(META).values(bound=digest))
                     bound = digest
         return bound == digest
 
@@ -254,10 +253,10 @@ class Ledger:
             LedgerError: The first thing found wrong.
         """
         with self._transaction() as db:
-            meta = _head(db)
-            rows = db.execute(sql.select(_entries).order_by(_entries.c.seq)).all()
-            charges = db.execute(sql.select(_charges)).all()
-        replay = _Replay(self._where)
+            meta = head_row(db)
+            rows = db.execute(sql.select(ENTRIES).order_by(ENTRIES.c.seq)).all()
+            charges = db.execute(sql.select(CHARGES)).all()
+        replay = Replay(self._where)
         for row in rows:
             replay.row(row.seq, row.body, row.hash)
         if (meta.rows, meta.head) != (len(rows), replay.hash):
@@ -278,7 +277,7 @@ class Ledger:
         self, key: str, plan: list[dict[str, Any]], delta: float, db: sql.Connection | None = None
     ) -> Reservation | None:
         with contextlib.nullcontext(db) if db is not None else self._transaction() as connection:
-            row = connection.execute(sql.select(_charges).where(_charges.c.key == key)).first()
+            row = connection.execute(sql.select(CHARGES).where(CHARGES.c.key == key)).first()
         if row is None:
             return None
         state = json.loads(row.state)
@@ -291,7 +290,7 @@ class Ledger:
 
     def _first(self) -> dict[str, Any]:
         with self._transaction() as db:
-            row = db.execute(sql.select(_entries.c.body).where(_entries.c.seq == 0)).first()
+            row = db.execute(sql.select(ENTRIES.c.body).where(ENTRIES.c.seq == 0)).first()
         if row is None:
             raise LedgerError(f"{self._where} is damaged: its first row is gone. Put back a copy")
         return json.loads(row.body)
@@ -299,11 +298,8 @@ class Ledger:
     @contextlib.contextmanager
     def _transaction(self, write: bool = False) -> Iterator[sql.Connection]:
         """One serialised transaction; whatever was written is on disk when it ends without error."""
-        try:
-            with self._engine.connect().execution_options(sfumato_write=write) as db, db.begin():
-                yield db
-        except exc.DBAPIError as error:
-            raise LedgerError(_explain(self._where, error)) from error
+        with transaction(self._engine, self._where, write=write) as db:
+            yield db
 
 
 @dataclass(frozen=True)
@@ -333,7 +329,7 @@ class Reservation:
 
     @property
     def planned(self) -> tuple[PlannedEvent, ...]:
-        return tuple(_planned_from_json(p) for p in self._state()["planned"])
+        return tuple(planned_from_json(p) for p in self._state()["planned"])
 
     def begun(self, mechanism: str) -> int:
         """Units of work of that mechanism that began, whatever became of them."""
@@ -342,7 +338,7 @@ class Reservation:
     def charged(self) -> list[tuple[PlannedEvent, DpEvent]]:
         """What a certificate must state: each planned part with the event counted for it now."""
         state = self._state()
-        parts = [_planned_from_json(p) for p in state["planned"]]
+        parts = [planned_from_json(p) for p in state["planned"]]
         given_back = state.get("given_back", False)
         return [(p, p.begun(state["begun"][p.mechanism]) if given_back else p.total) for p in parts]
 
@@ -356,7 +352,7 @@ class Reservation:
             LedgerError: Not planned, another event than planned, more units than planned, or settled.
         """
         with self.ledger._transaction(write=True) as db:
-            _head(db, lock=True)
+            head_row(db, lock=True)
             state = self._state(db)
             label = state["label"]
             if state["status"] != "open":
@@ -374,8 +370,10 @@ class Reservation:
                     "begin; nothing was released. Reserve more for a new run"
                 )
             state["begun"][mechanism] = begun + units
-            _append(
-                db, {"kind": "begin", "id": self.id, "mechanism": mechanism, "units": int(units)}, _spent(db)
+            append(
+                db,
+                {"kind": "begin", "id": self.id, "mechanism": mechanism, "units": int(units)},
+                spent_now(db),
             )
             self._store(db, state)
 
@@ -390,7 +388,7 @@ class Reservation:
         state = self._state()
         if state["status"] != "open":
             return
-        parts = [_planned_from_json(p) for p in state["planned"]]
+        parts = [planned_from_json(p) for p in state["planned"]]
         begun = dict(state["begun"])
         none, everything = not any(begun.values()), all(begun[p.mechanism] == p.count for p in parts)
         given_back = none or (outputs_unseen and not everything)
@@ -400,7 +398,7 @@ class Reservation:
         elif given_back:
             epsilon = min(epsilon, epsilon_of([p.begun(begun[p.mechanism]) for p in parts], delta))
         with self.ledger._transaction(write=True) as db:
-            _head(db, lock=True)
+            head_row(db, lock=True)
             state = self._state(db)
             if state["status"] != "open":
                 return
@@ -408,7 +406,7 @@ class Reservation:
                 raise LedgerError(
                     f"{state['label']}: work began while settling; settle again when it has ended"
                 )
-            spent = _spent(db)
+            spent = spent_now(db)
             spent = (
                 spent[0] - Fraction(state["epsilon"]) + Fraction(epsilon),
                 spent[1] - Fraction(state["delta"]) + Fraction(delta),
@@ -420,150 +418,25 @@ class Reservation:
                 "delta": delta,
                 "given_back": given_back,
             }
-            _append(db, body, spent)
+            append(db, body, spent)
             state |= {"status": "settled", "epsilon": epsilon, "delta": delta, "given_back": given_back}
             self._store(db, state)
 
     def _state(self, db: sql.Connection | None = None) -> dict[str, Any]:
         with contextlib.nullcontext(db) if db is not None else self.ledger._transaction() as connection:
-            row = connection.execute(sql.select(_charges.c.state).where(_charges.c.id == self.id)).first()
+            row = connection.execute(sql.select(CHARGES.c.state).where(CHARGES.c.id == self.id)).first()
         if row is None:
             raise LedgerError(f"{self.ledger._where} has no reservation {self.id}")
         return json.loads(row.state)
 
     def _store(self, db: sql.Connection, state: dict[str, Any]) -> None:
-        db.execute(sql.update(_charges).where(_charges.c.id == self.id).values(state=canonical(state)))
-
-
-class _Replay:
-    """Goes through the entries and derives what the ledger must say."""
-
-    def __init__(self, where: str) -> None:
-        self.where, self.hash, self.hashes, self.count = where, _NO_HASH, set[str](), 0
-        self.charges: dict[str, tuple[str | None, int, str]] = {}
-        self.bound: str | None = None
-        self._spent = Fraction(0), Fraction(0)
-        self._epsilons: dict[str, float] = {}
-
-    def wrong(self, what: str) -> LedgerError:
-        return LedgerError(
-            f"{self.where} was tampered with or damaged: {what}. Put back a copy and verify that"
-        )
-
-    def row(self, seq: int, text: str, digest: str) -> None:
-        if seq != self.count:
-            raise self.wrong(f"row {self.count} is missing or out of order")
-        if digest != _hash(self.hash, text):
-            raise self.wrong(f"row {seq} does not fit the chain")
-        self.hash, self.count = digest, seq + 1
-        self.hashes.add(digest)
-        try:
-            self._apply(seq, json.loads(text))
-        except (KeyError, TypeError, ValueError, LedgerError) as error:
-            raise self.wrong(f"row {seq} makes no sense ({error})") from error
-
-    def _apply(self, seq: int, body: dict[str, Any]) -> None:
-        kind = body["kind"]
-        if (kind == "open") != (seq == 0):
-            raise ValueError("the opening row is not the first")
-        if kind in ("reserve", "refuse"):
-            self._check(body["epsilon"], body["planned"], None, body["delta"])
-        if kind == "reserve":
-            state = {k: body[k] for k in ("label", "epsilon", "delta", "planned")}
-            state |= {"status": "open", "begun": {p["mechanism"]: 0 for p in body["planned"]}}
-            self._add(body["epsilon"], body["delta"])
-            self.charges[body["id"]] = (body["key"], seq, canonical(state))
-        elif kind in ("begin", "settle"):
-            key, first, text = self.charges[body["id"]]
-            state = json.loads(text)
-            if state["status"] != "open":
-                raise ValueError("work on a settled reservation")
-            if kind == "begin":
-                plan = next(p for p in state["planned"] if p["mechanism"] == body["mechanism"])
-                state["begun"][body["mechanism"]] += body["units"]
-                if body["units"] < 1 or state["begun"][body["mechanism"]] > plan["count"]:
-                    raise ValueError("more work than planned")
-            else:
-                if body["given_back"]:
-                    self._check(
-                        body["epsilon"], state["planned"], state["begun"], body["delta"] or state["delta"]
-                    )
-                elif (body["epsilon"], body["delta"]) != (state["epsilon"], state["delta"]):
-                    raise ValueError("a price changed")
-                if not (body["delta"] == state["delta"] or not any(state["begun"].values())):
-                    raise ValueError("a delta changed")
-                self._add(body["epsilon"] - 0.0, body["delta"])
-                self._add(-state["epsilon"], -state["delta"])
-                state |= {"status": "settled", **{k: body[k] for k in ("epsilon", "delta", "given_back")}}
-            self.charges[body["id"]] = (key, first, canonical(state))
-        elif kind == "bind":
-            self.bound = body["digest"]
-        elif kind not in ("open", "refuse"):
-            raise ValueError(f"unknown kind {kind!r}")
-        if body["spent"] != [str(part) for part in self._spent]:
-            raise ValueError("the sum is wrong")
-
-    def _add(self, epsilon: float, delta: float) -> None:
-        self._spent = self._spent[0] + Fraction(epsilon), self._spent[1] + Fraction(delta)
-
-    def _check(
-        self, epsilon: float, plan: list[dict[str, Any]], begun: dict[str, int] | None, delta: float
-    ) -> None:
-        parts = [_planned_from_json(p) for p in plan]
-        events = [p.total if begun is None else p.begun(begun[p.mechanism]) for p in parts]
-        key = canonical([[event_to_json(event) for event in events], delta])
-        if key not in self._epsilons:
-            self._epsilons[key] = epsilon_of(events, delta)
-        if not (math.isfinite(epsilon) and epsilon >= self._epsilons[key] * (1 - 1e-6) - 1e-9):
-            raise ValueError(f"epsilon {epsilon} is recorded for work that costs {self._epsilons[key]}")
-
-
-def _planned_to_json(planned: PlannedEvent) -> dict[str, Any]:
-    return {
-        "mechanism": planned.mechanism, "says": planned.says,
-        "event": event_to_json(planned.event), "count": planned.count,
-    }  # fmt: skip
-
-
-def _planned_from_json(obj: dict[str, Any]) -> PlannedEvent:
-    return PlannedEvent(obj["mechanism"], obj["says"], event_from_json(obj["event"]), obj["count"])
+        db.execute(sql.update(CHARGES).where(CHARGES.c.id == self.id).values(state=canonical(state)))
 
 
 def _of(begun: dict[str, int], mechanism: str, label: str) -> int:
     if mechanism not in begun:
         raise LedgerError(f"{label}: {mechanism} was not reserved; it did not begin and nothing was released")
     return begun[mechanism]
-
-
-def _hash(previous: str, body: str) -> str:
-    return hashlib.sha256(f"{previous}\n{body}".encode()).hexdigest()
-
-
-def _head(db: sql.Connection, lock: bool = False) -> Any:
-    query = sql.select(_meta)
-    row = db.execute(query.with_for_update() if lock else query).first()
-    if row is None or row.format != FORMAT:
-        raise LedgerError(f"the ledger's head row is missing or not of format {FORMAT}. Put back a copy")
-    return row
-
-
-def _spent(db: sql.Connection) -> tuple[Fraction, Fraction]:
-    row = db.execute(sql.select(_entries.c.body).order_by(_entries.c.seq.desc()).limit(1)).first()
-    if row is None:
-        raise LedgerError("the ledger has no rows. Put back a copy")
-    epsilon, delta = json.loads(row.body)["spent"]
-    return Fraction(epsilon), Fraction(delta)
-
-
-def _append(db: sql.Connection, body: dict[str, Any], spent: tuple[Fraction, Fraction]) -> int:
-    """Adds a row behind the head, with the sum that holds after it. Returns its number."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    text = canonical({**body, "spent": [str(part) for part in spent], "time": now})
-    meta = _head(db)
-    digest = _hash(meta.head, text)
-    db.execute(sql.insert(_entries).values(seq=meta.rows, body=text, hash=digest))
-    db.execute(sql.update(_meta).values(rows=meta.rows + 1, head=digest))
-    return int(meta.rows)
 
 
 def _up(value: Fraction) -> float:
@@ -574,109 +447,3 @@ def _up(value: Fraction) -> float:
 def _down(value: Fraction) -> float:
     out = float(max(value, Fraction(0)))
     return out if Fraction(out) <= max(value, Fraction(0)) else math.nextafter(out, 0.0)
-
-
-def _url(where: str | Path) -> sql.URL:
-    text = os.fspath(where)
-    if "://" not in text:
-        return sql.URL.create("sqlite", database=str(Path(text).expanduser()))
-    try:
-        url = sql.make_url(text)
-    except exc.ArgumentError as error:
-        raise InputError(
-            "--ledger: not a database URL; give a path or, for example, sqlite:///x.db"
-        ) from error
-    if url.drivername in ("postgresql", "postgres"):
-        url = url.set(drivername="postgresql+psycopg")
-    if url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"):
-        raise InputError(
-            "--ledger: a ledger must outlive the program, so it needs a file; give sqlite:///x.db"
-        )
-    return url
-
-
-def _engine(url: sql.URL) -> sql.Engine:
-    """Connections are opened for each transaction: nothing is inherited by a forked process."""
-    sqlite = url.drivername.startswith("sqlite")
-    arguments: dict[str, Any] = {"timeout": LOCK_TIMEOUT_S} if sqlite else {}
-    try:
-        engine = sql.create_engine(url, poolclass=sql.NullPool, connect_args=arguments)
-    except ModuleNotFoundError as error:
-        raise LedgerError(
-            f"the ledger URL needs the Python package {error.name}; no budget was spent. Install it "
-            '(for PostgreSQL: pip install "psycopg[binary]"), or use an SQLite file'
-        ) from error
-    except exc.NoSuchModuleError as error:
-        raise InputError(
-            f"--ledger: unknown kind of database {url.drivername!r}; give a path of a file"
-        ) from error
-    if sqlite:
-
-        @sql_event.listens_for(engine, "connect")
-        def _durable(connection: Any, _: Any) -> None:
-            connection.isolation_level = None  # transactions are begun below, not by the driver
-            connection.execute("PRAGMA synchronous = EXTRA")
-
-        @sql_event.listens_for(engine, "begin")
-        def _begin(connection: sql.Connection) -> None:
-            write = connection.get_execution_options().get("sfumato_write", False)
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    return engine
-
-
-def _create_file(file: Path, total: Budget, name: str) -> None:
-    """Writes a new ledger aside and links it into place: a ledger is never seen half made, nor overwritten."""
-    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.new")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(_engine(_url(part)), str(file))
-        try:
-            with ledger._transaction(write=True) as db:
-                _create_tables(db, total, name)
-            with contextlib.suppress(FileExistsError):  # another process was first: its ledger stands
-                os.link(part, file)
-        finally:
-            part.unlink(missing_ok=True)
-        directory = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise LedgerError(
-            f"{file} cannot be created ({error.strerror}); no budget was spent. Choose a folder you may write to"
-        ) from error
-
-
-def _create_tables(db: sql.Connection, total: Budget, name: str) -> None:
-    _tables.create_all(db)
-    db.execute(sql.insert(_meta).values(id=1, format=FORMAT, rows=0, head=_NO_HASH, bound=None))
-    body = {
-        "kind": "open", "format": FORMAT, "name": name, "salt": secrets.token_hex(16),
-        "total": {"epsilon": total.epsilon, "delta": total.delta},
-    }  # fmt: skip
-    _append(db, body, (Fraction(0), Fraction(0)))
-
-
-def _missing(where: str) -> InputError:
-    return InputError(
-        f"there is no ledger at {where}; no budget was spent. Create one for this data set with "
-        f"`sfumato ledger create {where} --epsilon E --delta D`, where E and D are all it may ever cost"
-    )
-
-
-def _explain(where: str, error: exc.DBAPIError) -> str:
-    text = str(error.orig)
-    known = {
-        "not a database": "is not a ledger, or damaged. Check the path, or put back a copy",
-        "malformed": "is damaged. Put back a copy",
-        "no such table": "is a database but not a ledger. Check the path",
-        "locked": f"was in use by another process for {LOCK_TIMEOUT_S:g} s. Try again when that has ended",
-        "readonly": "cannot be written. Make the file and its folder writable",
-        "unable to open": "cannot be opened. Check the path and its permissions",
-        "full": "cannot be written, the disk is full. Free some space",
-        "disk I/O": "cannot be read or written (input/output error). Check the disk",
-    }
-    advice = next((advice for sign, advice in known.items() if sign in text), f"cannot be used ({text})")
-    return f"{where} {advice}; nothing was recorded and nothing was released"
