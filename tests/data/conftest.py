@@ -33,9 +33,11 @@ def png() -> Callable[..., bytes]:
 
 @pytest.fixture
 def make_folder(tmp_path: Path, png: Callable[..., bytes]) -> Callable[..., Path]:
-    """`make_folder({"cat/a.png": 3, "b.txt": b"..."}, rows=[...])`: numbers become grey PNGs, rows metadata.jsonl."""
+    """`make_folder({"cat/a.png": 3, "b.txt": b"..."}, rows=[...])`: numbers become PNGs, rows metadata."""
 
-    def make(files: dict[str, int | bytes], rows: Iterable[object] | None = None, name: str = "photos") -> Path:
+    def make(
+        files: dict[str, int | bytes], rows: Iterable[object] | None = None, name: str = "photos"
+    ) -> Path:
         root = tmp_path / name
         root.mkdir(exist_ok=True)
         for relative, content in files.items():

@@ -24,7 +24,9 @@ def refused(spec: Path, problem: str) -> str:
     message = str(caught.value)
     assert message.count("no budget was spent") == 1
     assert "\n" not in message
-    assert not isinstance(caught.value, UnreadableImage), "such a file is damaged as a whole and must not be skipped"
+    assert not isinstance(caught.value, UnreadableImage), (
+        "such a file is damaged as a whole and must not be skipped"
+    )
     return message
 
 
@@ -57,9 +59,12 @@ def test_npz_without_labels_with_text_labels_and_with_a_column_of_them(tmp_path:
 @pytest.mark.parametrize(
     ("arrays", "problem"),
     [
-        ({"x": GREY}, r"no array named 'images' \(it has x\)"), ({"images": GREY / 255}, "of type float64"),
-        ({"images": GREY.astype(np.int32)}, "of type int32"), ({"images": GREY[0]}, r"of shape \['N', 4\]"),
-        ({"images": np.zeros((7, 3, 28, 28), np.uint8)}, "of shape"), ({"images": GREY[:0]}, "holds no images"),
+        ({"x": GREY}, r"no array named 'images' \(it has x\)"),
+        ({"images": GREY / 255}, "of type float64"),
+        ({"images": GREY.astype(np.int32)}, "of type int32"),
+        ({"images": GREY[0]}, r"of shape \['N', 4\]"),
+        ({"images": np.zeros((7, 3, 28, 28), np.uint8)}, "of shape"),
+        ({"images": GREY[:0]}, "holds no images"),
         ({"images": np.array([GREY[0], None], object)}, "Python objects"),
         ({"images": GREY, "labels": np.array([1, None, 2, 2, 2, 2, 2], object)}, "Python objects"),
         ({"images": GREY, "labels": np.zeros(6, int)}, "not one for each image"),
@@ -67,8 +72,10 @@ def test_npz_without_labels_with_text_labels_and_with_a_column_of_them(tmp_path:
         ({"images": GREY, "labels": np.zeros(7)}, "not one for each image"),
         ({"images": np.asfortranarray(GREY)}, "Fortran order"),
     ],
-)  # fmt: skip
-def test_an_npz_of_another_kind_is_refused(arrays: dict[str, np.ndarray], problem: str, tmp_path: Path) -> None:
+)
+def test_an_npz_of_another_kind_is_refused(
+    arrays: dict[str, np.ndarray], problem: str, tmp_path: Path
+) -> None:
     np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
     refused(tmp_path / "a.npz", problem)
 
@@ -89,7 +96,9 @@ def npy(shape: tuple[int, ...], body: bytes) -> bytes:
 
 
 def test_an_npz_that_declares_more_than_it_holds(tmp_path: Path) -> None:
-    for number, raw in enumerate([npy((10**9, 28, 28), bytes(784)), npy((2, 4, 4), bytes(16)), npy((1, 4, 4), bytes(32))]):
+    for number, raw in enumerate(
+        [npy((10**9, 28, 28), bytes(784)), npy((2, 4, 4), bytes(16)), npy((1, 4, 4), bytes(32))]
+    ):
         path = tmp_path / f"{number}.npz"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("images.npy", raw)
@@ -133,16 +142,22 @@ def test_idx_without_labels(tmp_path: Path) -> None:
 def test_bad_idx_files(tmp_path: Path) -> None:
     whole = idx(GREY)
     for name, raw, problem in [
-        ("cut", whole[:-1], "declares another size"), ("more", whole + b"x", "declares another size"),
-        ("header", whole[:7], "no idx file"), ("empty.idx", b"", "no idx file"),
+        ("cut", whole[:-1], "declares another size"),
+        ("more", whole + b"x", "declares another size"),
+        ("header", whole[:7], "no idx file"),
+        ("empty.idx", b"", "no idx file"),
         ("floats", whole[:2] + b"\x0d" + whole[3:], "no idx file"),
         ("flat", idx(GREY.ravel()), "images of shape"),
         ("none", idx(GREY[:0]), "holds no images"),
         ("cut.gz", gzip.compress(whole)[:-20], "cut short|damaged"),
         ("short.gz", gzip.compress(whole[:-3]), "cut short at image 7"),
-        ("huge.gz", gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 1000, 1000)), "declares another size"),
+        (
+            "huge.gz",
+            gzip.compress(struct.pack(">BBBB3I", 0, 0, 8, 3, 2**31, 1000, 1000)),
+            "declares another size",
+        ),
         ("text.gz", gzip.compress(b"hello"), "no idx file"),
-    ]:  # fmt: skip
+    ]:
         (tmp_path / name).write_bytes(raw)
         refused(tmp_path / name, problem)
 
@@ -150,7 +165,9 @@ def test_bad_idx_files(tmp_path: Path) -> None:
 def test_idx_with_another_number_of_labels(tmp_path: Path) -> None:
     (tmp_path / "a-images-idx3-ubyte").write_bytes(idx(GREY))
     (tmp_path / "a-labels-idx1-ubyte").write_bytes(idx(np.zeros(6, np.uint8)))
-    message = refused(tmp_path / "a-images-idx3-ubyte", "has not as many images as 'a-labels-idx1-ubyte' has labels")
+    message = refused(
+        tmp_path / "a-images-idx3-ubyte", "has not as many images as 'a-labels-idx1-ubyte' has labels"
+    )
     assert "6" not in message.replace(str(tmp_path), "")
     assert "7" not in message.replace(str(tmp_path), "")
 

@@ -33,16 +33,19 @@ def values(found: Cached) -> list[int]:
 def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = cache._decode
-    monkeypatch.setattr(cache, "_decode", lambda r, raw, shape: (seen.append(r.where), original(r, raw, shape))[1])
+    monkeypatch.setattr(
+        cache, "_decode", lambda r, raw, shape: (seen.append(r.where), original(r, raw, shape))[1]
+    )
     return seen
 
 
 def test_everything_a_source_says_is_kept(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     rows = [
         {"file_name": "c.png", "label": "x", "group_id": "p", "caption": "sea"},
-        {"file_name": "a.png", "label": "y", "group_id": "q"}, {"file_name": "b.png", "label": "x", "group_id": "p"},
+        {"file_name": "a.png", "label": "y", "group_id": "q"},
+        {"file_name": "b.png", "label": "x", "group_id": "p"},
         {"file_name": "d.png", "label": "x"},
-    ]  # fmt: skip
+    ]
     root = make_folder({"a.png": 1, "b.png": 2, "c.png": 3, "d.png": 4}, rows)
     for _ in range(2):
         found = cached(root, tmp_path / "cache")
@@ -60,7 +63,12 @@ def test_everything_a_source_says_is_kept(make_folder: Callable[..., Path], tmp_
 
 def test_unlabelled(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     found = cached(make_folder({"a.png": 1, "b.png": 2}), tmp_path / "cache")
-    assert (found.labels.tolist(), found.label_names, found.groups.tolist(), found.captions) == ([-1, -1], None, [-1, -1], None)
+    assert (found.labels.tolist(), found.label_names, found.groups.tolist(), found.captions) == (
+        [-1, -1],
+        None,
+        [-1, -1],
+        None,
+    )
 
 
 def test_decoded_once_until_something_changes(make_folder, png, tmp_path: Path, monkeypatch) -> None:
@@ -89,8 +97,10 @@ def test_an_unreadable_image_stops_and_says_how_to_go_on(make_folder, png, tmp_p
     root = make_folder({"a.png": 1, "cat of jane/b.png": 0}, name="p")
     (root / "a.png").rename(root / "cat of jane" / "a.png")
     for content, problem in [
-        (b"", "is empty (0 bytes)"), (b"hello", "is not an image"), (png(1, 64)[:60], "is damaged or cut short"),
-    ]:  # fmt: skip
+        (b"", "is empty (0 bytes)"),
+        (b"hello", "is not an image"),
+        (png(1, 64)[:60], "is damaged or cut short"),
+    ]:
         (root / "cat of jane" / "b.png").write_bytes(content)
         with pytest.raises(InputError) as caught:
             cached(root, tmp_path / "cache")
@@ -134,7 +144,9 @@ def test_all_unreadable(make_folder: Callable[..., Path], tmp_path: Path) -> Non
 
 
 def test_a_damaged_array_file_is_not_skippable(tmp_path: Path) -> None:
-    np.savez_compressed(tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 256, (50, 8, 8), dtype=np.uint8))
+    np.savez_compressed(
+        tmp_path / "a.npz", images=np.random.default_rng(0).integers(0, 256, (50, 8, 8), dtype=np.uint8)
+    )
     raw = bytearray((tmp_path / "a.npz").read_bytes())
     raw[len(raw) // 2] ^= 255
     (tmp_path / "a.npz").write_bytes(raw)
@@ -202,7 +214,8 @@ if sys.argv[3] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         return original(record, raw, shape)
     cache._decode = decode
-found = cache.cached_pixels(sources.open_source(sys.argv[1]), size=(4, 4), channels=1, directory=Path(sys.argv[2]))
+source = sources.open_source(sys.argv[1])
+found = cache.cached_pixels(source, size=(4, 4), channels=1, directory=Path(sys.argv[2]))
 print(found.images[:, 0, 0, 0].tolist(), found.content)
 """
 
@@ -213,7 +226,9 @@ def build(spec: Path, directory: Path, how: str) -> subprocess.Popen[str]:
 
 
 def test_killed_half_way_it_starts_again_and_leaves_nothing(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", images=np.arange(200, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2))
+    np.savez(
+        tmp_path / "a.npz", images=np.arange(200, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    )
     killed = build(tmp_path / "a.npz", tmp_path / "cache", "killed")
     killed.communicate()
     assert killed.returncode == -9
@@ -224,7 +239,9 @@ def test_killed_half_way_it_starts_again_and_leaves_nothing(tmp_path: Path) -> N
 
 
 def test_two_processes_at_once_agree(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", images=np.arange(200, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2))
+    np.savez(
+        tmp_path / "a.npz", images=np.arange(200, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    )
     running = [build(tmp_path / "a.npz", tmp_path / "cache", "whole") for _ in range(3)]
     answers = [process.communicate() for process in running]
     assert [process.returncode for process in running] == [0, 0, 0], answers

@@ -88,7 +88,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "image", "options", "expected", "tolerance"), CASES, ids=[f"{c[0]}-{c[1].mode}-{i}" for i, c in enumerate(CASES)]
+    ("kind", "image", "options", "expected", "tolerance"),
+    CASES,
+    ids=[f"{c[0]}-{c[1].mode}-{i}" for i, c in enumerate(CASES)],
 )
 def test_formats_and_modes(kind, image, options, expected, tolerance) -> None:
     pixels = decode_image(encoded(image, kind, **options), size=None, channels=3, where="x")
@@ -97,7 +99,9 @@ def test_formats_and_modes(kind, image, options, expected, tolerance) -> None:
     # Lossy formats may bleed over the edges between the quadrants, so their centres are compared.
     inner = np.zeros(expected.shape[:2], bool)
     step = expected.shape[0] // 16
-    inner[2 * step : 6 * step, 2 * step : 6 * step] = inner[10 * step : 14 * step, 10 * step : 14 * step] = True
+    inner[2 * step : 6 * step, 2 * step : 6 * step] = inner[10 * step : 14 * step, 10 * step : 14 * step] = (
+        True
+    )
     inner |= inner[:, ::-1]
     where = inner if kind in ("JPEG", "WEBP") and tolerance > 1 else np.ones_like(inner)
     assert np.abs(pixels[where] - expected[where].astype(float)).max() <= tolerance
@@ -123,9 +127,15 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
 def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     tall = np.array([[10, 60], [110, 160], [210, 250]], np.uint8).repeat(16, 0).repeat(16, 1)
     shown = {
-        1: tall, 2: tall[:, ::-1], 3: tall[::-1, ::-1], 4: tall[::-1], 5: tall.T, 6: np.rot90(tall, -1),
-        7: tall[::-1, ::-1].T, 8: np.rot90(tall, 1),
-    }[orientation]  # fmt: skip
+        1: tall,
+        2: tall[:, ::-1],
+        3: tall[::-1, ::-1],
+        4: tall[::-1],
+        5: tall.T,
+        6: np.rot90(tall, -1),
+        7: tall[::-1, ::-1].T,
+        8: np.rot90(tall, 1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98}}.get(kind, {})
@@ -159,9 +169,13 @@ def test_resizing_keeps_the_centre_and_antialiases() -> None:
     assert decode_image(encoded(COLOUR_IMAGE, "PNG"), size=(6, 20), channels=3, where="x").shape == (6, 20, 3)
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3]))
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3])
+)
 @settings(max_examples=40, deadline=None)
-def test_any_size_becomes_the_size_asked_for_and_flat_stays_flat(height, width, new_height, new_width, channels) -> None:
+def test_any_size_becomes_the_size_asked_for_and_flat_stays_flat(
+    height, width, new_height, new_width, channels
+) -> None:
     flat = np.full((height, width, 3), (77, 77, 77), np.uint8)
     pixels = fit_array(flat, size=(new_height, new_width), channels=channels, where="x")
     assert pixels.shape == (new_height, new_width, channels)
@@ -189,7 +203,9 @@ def test_a_bomb_in_a_text_chunk_is_refused() -> None:
     raw = png_header(2, 2, (b"zTXt", text), (b"IDAT", pixels), (b"IEND", b""))
     with pytest.raises(UnreadableImage):
         decode_image(raw, size=None, channels=1, where="x")
-    harmless = png_header(2, 2, (b"zTXt", b"Comment\0\0" + zlib.compress(b"hello")), (b"IDAT", pixels), (b"IEND", b""))
+    harmless = png_header(
+        2, 2, (b"zTXt", b"Comment\0\0" + zlib.compress(b"hello")), (b"IDAT", pixels), (b"IEND", b"")
+    )
     assert decode_image(harmless, size=None, channels=1, where="x").shape == (2, 2, 1)
 
 
@@ -202,12 +218,16 @@ def test_a_file_over_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     "raw",
     [
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n", b"%PDF-1.4\n", b"<svg/>", b"P5 2 2 255 abcd",
-        b"hello, this is a text", b"\0" * 100,
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+        b"%PDF-1.4\n",
+        b"<svg/>",
+        b"P5 2 2 255 abcd",
+        b"hello, this is a text",
+        b"\0" * 100,
     ],
-)  # fmt: skip
+)
 def test_other_formats_are_not_even_tried(raw: bytes) -> None:
-    with pytest.raises(UnreadableImage, match="'cat/7.png' is not an image in one of the formats"):
+    with pytest.raises(UnreadableImage, match=r"'cat/7\.png' is not an image in one of the formats"):
         decode_image(raw, size=None, channels=1, where="cat/7.png")
 
 
@@ -216,7 +236,7 @@ def test_a_file_cut_short_is_an_error(kind: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     image = noise.quantize(64) if kind == "GIF" else noise
     raw = encoded(image, kind)
-    with pytest.raises(UnreadableImage, match="cut short|not an image"):
+    with pytest.raises(UnreadableImage, match=r"cut short|not an image"):
         decode_image(raw[: len(raw) // 2], size=None, channels=3, where="x")
 
 
@@ -247,11 +267,14 @@ def test_damage_never_ends_in_another_exception(kind: str, data: st.DataObject) 
 @pytest.mark.parametrize(
     ("pixels", "problem"),
     [
-        (np.zeros((4, 4)), "uint8 or uint16"), (np.zeros((4, 4), np.int16), "uint8 or uint16"),
-        (np.zeros((3, 5, 5), np.uint8), "channels"), (np.zeros((0, 4), np.uint8), "no pixels"),
-        (np.zeros(4, np.uint8), "uint8 or uint16"), (np.zeros((4, 4), "U1"), "uint8 or uint16"),
+        (np.zeros((4, 4)), "uint8 or uint16"),
+        (np.zeros((4, 4), np.int16), "uint8 or uint16"),
+        (np.zeros((3, 5, 5), np.uint8), "channels"),
+        (np.zeros((0, 4), np.uint8), "no pixels"),
+        (np.zeros(4, np.uint8), "uint8 or uint16"),
+        (np.zeros((4, 4), "U1"), "uint8 or uint16"),
     ],
-)  # fmt: skip
+)
 def test_arrays_of_another_kind_are_refused(pixels: np.ndarray, problem: str) -> None:
     with pytest.raises(UnreadableImage, match=problem):
         fit_array(pixels, size=None, channels=1, where="x")

@@ -53,16 +53,26 @@ def test_one_label_with_one_image(make_folder: Callable[..., Path]) -> None:
 
 def test_plain_files_are_unlabelled_and_other_files_ignored(make_folder: Callable[..., Path]) -> None:
     junk = {
-        ".DS_Store": b"x", "Thumbs.db": b"x", "notes.txt": b"x", ".hidden.png": b"x", ".git/a.png": b"x",
-        "__MACOSX/a.png": b"x", "LICENSE": b"x", "a.json": b"{}",
-    }  # fmt: skip
+        ".DS_Store": b"x",
+        "Thumbs.db": b"x",
+        "notes.txt": b"x",
+        ".hidden.png": b"x",
+        ".git/a.png": b"x",
+        "__MACOSX/a.png": b"x",
+        "LICENSE": b"x",
+        "a.json": b"{}",
+    }
     source = open_source(make_folder({"a.png": 1, "b.webp": 2, **junk}))
     assert source.label_names is None
     assert names(source) == ["a.png", "b.webp"]
 
 
 def test_pictures_of_formats_not_read_are_reported_not_dropped(make_folder: Callable[..., Path]) -> None:
-    assert names(open_source(make_folder({"a.png": 1, "b.heic": b"x", "c.svg": b"<svg/>"}))) == ["a.png", "b.heic", "c.svg"]
+    assert names(open_source(make_folder({"a.png": 1, "b.heic": b"x", "c.svg": b"<svg/>"}))) == [
+        "a.png",
+        "b.heic",
+        "c.svg",
+    ]
 
 
 def test_an_empty_folder_or_one_without_images(make_folder: Callable[..., Path]) -> None:
@@ -76,7 +86,10 @@ def test_images_inside_and_outside_class_folders(make_folder: Callable[..., Path
 
 def test_splits_are_not_taken_for_classes(make_folder: Callable[..., Path]) -> None:
     refused(make_folder({"train/cat/1.png": 1, "Test/cat/1.png": 1}), "splits")
-    assert open_source(make_folder({"test/1.png": 1, "cat/1.png": 2}, name="other")).label_names == ("cat", "test")
+    assert open_source(make_folder({"test/1.png": 1, "cat/1.png": 2}, name="other")).label_names == (
+        "cat",
+        "test",
+    )
 
 
 def test_metadata_gives_labels_groups_and_captions(make_folder: Callable[..., Path]) -> None:
@@ -87,8 +100,9 @@ def test_metadata_gives_labels_groups_and_captions(make_folder: Callable[..., Pa
     source = open_source(make_folder({"a.png": 1, "b/1.png": 2}, rows))
     assert source.label_names == ("one", "two")
     assert [(r.where, r.label, r.group, r.caption) for r in source.records] == [
-        ("b/1.png", "two", "7", "a b"), ("a.png", "one", "x", None),
-    ]  # fmt: skip
+        ("b/1.png", "two", "7", "a b"),
+        ("a.png", "one", "x", None),
+    ]
 
 
 def test_integer_labels_sort_by_value(make_folder: Callable[..., Path]) -> None:
@@ -99,7 +113,9 @@ def test_integer_labels_sort_by_value(make_folder: Callable[..., Path]) -> None:
 
 
 def test_metadata_without_labels_makes_no_folder_name_public(make_folder: Callable[..., Path]) -> None:
-    source = open_source(make_folder({"jane doe/1.png": 1}, [{"file_name": "jane doe/1.png", "group_id": "p1"}]))
+    source = open_source(
+        make_folder({"jane doe/1.png": 1}, [{"file_name": "jane doe/1.png", "group_id": "p1"}])
+    )
     assert source.label_names is None
     assert labels(source) == [None]
 
@@ -107,15 +123,19 @@ def test_metadata_without_labels_makes_no_folder_name_public(make_folder: Callab
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("{not json", "line 2 is not JSON"), ("[1, 2]", "line 2 is not a JSON object"), ("[" * 100_000, "line 2 is not JSON"),
-        ({"label": "x"}, "line 2 has no file_name"), ({"file_name": 7}, "line 2 has no file_name"),
+        ("{not json", "line 2 is not JSON"),
+        ("[1, 2]", "line 2 is not a JSON object"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ({"label": "x"}, "line 2 has no file_name"),
+        ({"file_name": 7}, "line 2 has no file_name"),
         ({"file_name": "gone.png", "label": "x"}, "line 2 names 'gone.png', which is not in the folder"),
         ({"file_name": "a.png", "label": "x"}, r"line 2 names 'a.png' again \(first in line 1\)"),
         ({"file_name": "./a.png", "label": "x"}, "line 2 names 'a.png' again"),
         ({"file_name": "../a.png", "label": "x"}, r"line 2 names '\.\./a.png', which lies outside"),
         ({"file_name": "b/../../a.png", "label": "x"}, "lies outside"),
         ({"file_name": "/etc/passwd", "label": "x"}, "lies outside"),
-        ({"file_name": "C:\\a.png", "label": "x"}, "lies outside"), ({"file_name": "..\\a.png", "label": "x"}, "outside"),
+        ({"file_name": "C:\\a.png", "label": "x"}, "lies outside"),
+        ({"file_name": "..\\a.png", "label": "x"}, "outside"),
         ({"file_name": "b.png"}, "line 2 has a label of another kind"),
         ({"file_name": "b.png", "label": 3}, "line 2 has a label of another kind"),
         ({"file_name": "b.png", "label": True}, "line 2 has a label that is not text or an integer"),
@@ -123,7 +143,7 @@ def test_metadata_without_labels_makes_no_folder_name_public(make_folder: Callab
         ({"file_name": "b.png", "label": "x", "group_id": [1]}, "line 2 has a group_id"),
         ({"file_name": "b.png", "label": "x", "caption": 3}, "line 2 has a caption that is not text"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_row_is_named_by_its_line(row: object, problem: str, make_folder: Callable[..., Path]) -> None:
     root = make_folder({"a.png": 1, "b.png": 2}, [{"file_name": "a.png", "label": "x"}, row])
     refused(root, problem)
@@ -140,12 +160,20 @@ def test_blank_lines_and_a_byte_order_mark_are_harmless(make_folder: Callable[..
 
 
 def test_a_file_without_a_row(make_folder: Callable[..., Path]) -> None:
-    refused(make_folder({"a.png": 1, "b.png": 1}, [{"file_name": "a.png"}]), "'b.png', which metadata.jsonl does not name")
+    refused(
+        make_folder({"a.png": 1, "b.png": 1}, [{"file_name": "a.png"}]),
+        "'b.png', which metadata.jsonl does not name",
+    )
 
 
-def test_metadata_elsewhere_or_of_another_kind_is_not_silently_dropped(make_folder: Callable[..., Path]) -> None:
+def test_metadata_elsewhere_or_of_another_kind_is_not_silently_dropped(
+    make_folder: Callable[..., Path],
+) -> None:
     refused(make_folder({"images/a.png": 1, "images/metadata.jsonl": b"{}"}), "not at the top")
-    refused(make_folder({"a.png": 1, "metadata.csv": b"file_name\n"}, name="csv"), "metadata.csv, which is not read")
+    refused(
+        make_folder({"a.png": 1, "metadata.csv": b"file_name\n"}, name="csv"),
+        "metadata.csv, which is not read",
+    )
 
 
 def test_links_to_files_work_and_loops_end(make_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -196,7 +224,9 @@ def test_a_huge_file_is_not_read(make_folder: Callable[..., Path]) -> None:
         open_source(root).records[0].read()
 
 
-def test_the_fingerprint_notices_every_change(make_folder: Callable[..., Path], png: Callable[..., bytes]) -> None:
+def test_the_fingerprint_notices_every_change(
+    make_folder: Callable[..., Path], png: Callable[..., bytes]
+) -> None:
     root = make_folder({"cat/1.png": 1, "dog/2.png": 2, "notes.txt": b"x"})
     seen = [open_source(root).fingerprint]
     assert open_source(str(root) + "/").fingerprint == seen[0]
@@ -206,9 +236,11 @@ def test_the_fingerprint_notices_every_change(make_folder: Callable[..., Path], 
     (root / "notes.txt").write_text("other")
     assert open_source(root).fingerprint == seen[0]
     for change in (
-        lambda: os.utime(root / "cat/1.png", ns=(1, 1)), lambda: (root / "cat/3.png").write_bytes(png(3)),
-        lambda: (root / "cat/3.png").rename(root / "dog/3.png"), lambda: (root / "bird").mkdir(),
-    ):  # fmt: skip
+        lambda: os.utime(root / "cat/1.png", ns=(1, 1)),
+        lambda: (root / "cat/3.png").write_bytes(png(3)),
+        lambda: (root / "cat/3.png").rename(root / "dog/3.png"),
+        lambda: (root / "bird").mkdir(),
+    ):
         change()
         seen.append(open_source(root).fingerprint)
     assert len(set(seen)) == len(seen)
@@ -228,7 +260,13 @@ def make_zip(path: Path, members: dict[str, bytes], **options: int) -> Path:
 
 
 def test_a_zip_is_read_like_the_folder_in_it(tmp_path: Path, png: Callable[..., bytes]) -> None:
-    members = {"cat/1.png": png(1), "dog/1.PNG": png(2), "__MACOSX/cat/1.png": b"x", "dog/.DS_Store": b"x", "bird/": b""}
+    members = {
+        "cat/1.png": png(1),
+        "dog/1.PNG": png(2),
+        "__MACOSX/cat/1.png": b"x",
+        "dog/.DS_Store": b"x",
+        "bird/": b"",
+    }
     source = open_source(make_zip(tmp_path / "a.zip", members, compression=zipfile.ZIP_DEFLATED))
     assert source.label_names == ("bird", "cat", "dog")
     assert names(source) == ["cat/1.png", "dog/1.PNG"]
@@ -245,7 +283,9 @@ def test_a_zip_with_metadata(tmp_path: Path, png: Callable[..., bytes]) -> None:
     assert [(r.where, r.label, r.group) for r in source.records] == [("x/1.png", "3", "g")]
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"])
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/evil.png", "a/../../evil.png", "..\\evil.png", "C:/evil.png"]
+)
 def test_a_member_outside_the_archive_is_refused_and_written_nowhere(name: str, tmp_path: Path, png) -> None:
     inside = tmp_path / "in"
     inside.mkdir()
@@ -269,7 +309,10 @@ def test_damaged_encrypted_and_lying_archives(tmp_path: Path, png: Callable[...,
     locked[locked.index(b"PK\x01\x02") + 8] |= 1
     (tmp_path / "locked.zip").write_bytes(locked)
     refused(tmp_path / "locked.zip", "is encrypted")
-    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive:
+    with (
+        pytest.warns(UserWarning, match="Duplicate"),
+        zipfile.ZipFile(tmp_path / "twice.zip", "w") as archive,
+    ):
         archive.writestr("1.png", png(1))
         archive.writestr("1.png", png(2))
     refused(tmp_path / "twice.zip", r"holds '1\.png' twice")

@@ -23,11 +23,13 @@ def reaches(code: str, names: set[str]) -> list[tuple[int, str]]:
             found.append((node.lineno, node.attr))
         elif isinstance(node, ast.Constant) and node.value in names:  # getattr, attrgetter, vars(x)[...]
             found.append((node.lineno, str(node.value)))
+        elif isinstance(node, ast.MatchClass):
+            found += [(node.lineno, name) for name in node.kwd_attrs if name in names]
     return found
 
 
 def imports(code: str, package: str) -> list[tuple[int, str]]:
-    """(line, module) of everything imported anywhere in the code; relative imports resolved against package."""
+    """(line, module) of everything imported anywhere in the code; relative imports resolved."""
     found = []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -41,7 +43,10 @@ def imports(code: str, package: str) -> list[tuple[int, str]]:
 
 
 def modules() -> list[tuple[str, str]]:
-    return [(path.relative_to(SOURCE).as_posix(), path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))]
+    return [
+        (path.relative_to(SOURCE).as_posix(), path.read_text("utf-8"))
+        for path in sorted(SOURCE.rglob("*.py"))
+    ]
 
 
 def allowed(module: str) -> bool:
@@ -53,7 +58,11 @@ def test_only_mechanisms_reach_protected_pixels(module: str, code: str) -> None:
     if not allowed(module):
         assert reaches(code, HANDLE) == []
     if module != "data/images.py":
-        handled = [hit for hit in reaches(code, OF_THE_IMAGES_MODULE) if module.startswith(("data/", "synthesis/", "cli/"))]
+        handled = [
+            hit
+            for hit in reaches(code, OF_THE_IMAGES_MODULE)
+            if module.startswith(("data/", "synthesis/", "cli/"))
+        ]
         assert handled == []
 
 
@@ -61,9 +70,10 @@ def test_data_stands_on_nothing_else_of_the_package() -> None:
     for module, code in modules():
         if module.startswith("data/"):
             outside = [
-                (line, name) for line, name in imports(code, "sfumato.data")
+                (line, name)
+                for line, name in imports(code, "sfumato.data")
                 if name.split(".")[0] == "sfumato" and not name.startswith(DATA_MAY_IMPORT)
-            ]  # fmt: skip
+            ]
             assert outside == [], module
             assert "torch" not in {name.split(".")[0] for _, name in imports(code, "sfumato.data")}, module
 
@@ -71,11 +81,18 @@ def test_data_stands_on_nothing_else_of_the_package() -> None:
 @pytest.mark.parametrize(
     "planted",
     [
-        "private._images[0]", "x = self.private._labels", "len(p._units)", "getattr(p, '_images')",
-        "vars(p)['_units']", "operator.attrgetter('_labels')(p)", "def f(p):\n    return [lambda: p._images]",
-        "p._images = None", "del p._labels", "match p:\n    case X(x=p._units): pass",
+        "private._images[0]",
+        "x = self.private._labels",
+        "len(p._units)",
+        "getattr(p, '_images')",
+        "vars(p)['_units']",
+        "operator.attrgetter('_labels')(p)",
+        "def f(p):\n    return [lambda: p._images]",
+        "p._images = None",
+        "del p._labels",
+        "match p:\n    case X(_units=u): pass",
     ],
-)  # fmt: skip
+)
 def test_a_planted_reach_is_caught(planted: str) -> None:
     assert reaches(planted, HANDLE)
 
@@ -87,18 +104,24 @@ def test_innocent_code_is_not_accused() -> None:
 @pytest.mark.parametrize(
     "planted",
     [
-        "import sfumato.privacy", "from sfumato import privacy", "from sfumato.privacy.ledger import Ledger",
-        "def f():\n    from sfumato.synthesis import run", "from ..privacy import ledger", "from .. import privacy",
+        "import sfumato.privacy",
+        "from sfumato import privacy",
+        "from sfumato.privacy.ledger import Ledger",
+        "def f():\n    from sfumato.synthesis import run",
+        "from ..privacy import ledger",
+        "from .. import privacy",
         "if True:\n    import sfumato.privacy.budget as b",
     ],
-)  # fmt: skip
+)
 def test_a_planted_import_is_caught(planted: str) -> None:
     found = [name for _, name in imports(planted, "sfumato.data")]
     assert any(name.startswith("sfumato.") and not name.startswith(DATA_MAY_IMPORT) for name in found)
 
 
 def test_an_import_within_the_room_is_fine() -> None:
-    found = imports("from . import cache\nfrom sfumato.errors import InputError\nimport numpy", "sfumato.data")
+    found = imports(
+        "from . import cache\nfrom sfumato.errors import InputError\nimport numpy", "sfumato.data"
+    )
     assert [name for _, name in found] == ["sfumato.data", "sfumato.errors", "numpy"]
 
 

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.data.images import OwnerArray, OwnerImages, OwnerOnly, ProtectedImages, PublicImages, Units, same_content
+from sfumato.data.images import (
+    OwnerArray,
+    OwnerImages,
+    OwnerOnly,
+    ProtectedImages,
+    PublicImages,
+    Units,
+    same_content,
+)
 from sfumato.data.sources import open_source
 from sfumato.errors import InputError
 
@@ -27,14 +35,20 @@ def values(private: ProtectedImages) -> list[int]:
 
 
 GROUPED = [
-    {"file_name": "a.png", "group_id": "p"}, {"file_name": "b.png", "group_id": "q"},
+    {"file_name": "a.png", "group_id": "p"},
+    {"file_name": "b.png", "group_id": "q"},
     {"file_name": "c.png", "group_id": "p"},
-]  # fmt: skip
+]
 
 
 def test_what_it_declares(make_folder: Callable[..., Path]) -> None:
     private = protect(make_folder({"cat/1.png": 1, "dog/2.png": 2}), size=(6, 5), channels=3, public_size=99)
-    assert (private.ledger, private.unit, private.size, private.channels) == ("the ledger", "image", (6, 5), 3)
+    assert (private.ledger, private.unit, private.size, private.channels) == (
+        "the ledger",
+        "image",
+        (6, 5),
+        3,
+    )
     assert (private.public_size, private.label_names, private.has_labels) == (99, ("cat", "dog"), True)
     assert private.description == "a folder of images"
     assert private._images.shape == (2, 6, 5, 3)
@@ -54,7 +68,9 @@ def test_groups_are_units(make_folder: Callable[..., Path]) -> None:
 
 
 def test_a_group_for_every_image_or_an_error(make_folder: Callable[..., Path]) -> None:
-    root = make_folder({"a.png": 1, "b.png": 2}, [{"file_name": "a.png", "group_id": "p"}, {"file_name": "b.png"}])
+    root = make_folder(
+        {"a.png": 1, "b.png": 2}, [{"file_name": "a.png", "group_id": "p"}, {"file_name": "b.png"}]
+    )
     with pytest.raises(InputError, match=r"no group_id for 'b\.png'; no budget was spent"):
         protect(root, unit="group")
     assert protect(root)._units[1].tolist() == [1]
@@ -81,12 +97,28 @@ def test_single_images_as_units() -> None:
 
 
 REACHES = {
-    "iteration": iter, "a list": list, "length": len, "index": lambda p: p[0], "slice": lambda p: p[:], "in": lambda p: 0 in p,
-    "numpy": np.asarray, "numpy array": np.array, "numpy arithmetic": lambda p: np.add(p, 1), "pickle": pickle.dumps,
-    "copy": copy.copy, "deepcopy": copy.deepcopy, "json": json.dumps, "unpack": lambda p: [*p], "memoryview": memoryview,
-    "numpy()": lambda p: p.numpy(), "images": lambda p: p.images, "labels": lambda p: p.labels, "float": float,
-    "state": lambda p: p.__getstate__(), "reduce": lambda p: p.__reduce_ex__(4),
-}  # fmt: skip
+    "iteration": iter,
+    "a list": list,
+    "length": len,
+    "index": lambda p: p[0],
+    "slice": lambda p: p[:],
+    "in": lambda p: 0 in p,
+    "numpy": np.asarray,
+    "numpy array": np.array,
+    "numpy arithmetic": lambda p: np.add(p, 1),
+    "pickle": pickle.dumps,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "json": json.dumps,
+    "unpack": lambda p: [*p],
+    "memoryview": memoryview,
+    "numpy()": lambda p: p.numpy(),
+    "images": lambda p: p.images,
+    "labels": lambda p: p.labels,
+    "float": float,
+    "state": lambda p: p.__getstate__(),
+    "reduce": lambda p: p.__reduce_ex__(4),
+}
 
 
 @pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES.keys())
@@ -101,7 +133,16 @@ def test_public_attributes_and_repr_show_only_what_was_declared(make_folder: Cal
     root = make_folder({f"cat/jane{n}.png": 200 + n for n in range(23)}, name="clinic")
     private = protect(root)
     public = {name for name in dir(private) if not name.startswith("_")}
-    declared = {"ledger", "unit", "size", "channels", "public_size", "label_names", "has_labels", "description"}
+    declared = {
+        "ledger",
+        "unit",
+        "size",
+        "channels",
+        "public_size",
+        "label_names",
+        "has_labels",
+        "description",
+    }
     assert public == declared | {"skipped"}
     assert bool(private)
     for text in (repr(private), str(private), f"{private}", repr(private.skipped)):
@@ -142,10 +183,20 @@ def test_declared_labels(make_folder: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"unit": "patient"}, {"size": 0}, {"size": (4,)}, {"size": (4, 5000)}, {"size": "4"}, {"size": (4.0, 4)}, {"channels": 2},
-        {"public_size": 0}, {"public_size": -5}, {"public_size": True}, {"public_size": 1.5}, {"size": True},
+        {"unit": "patient"},
+        {"size": 0},
+        {"size": (4,)},
+        {"size": (4, 5000)},
+        {"size": "4"},
+        {"size": (4.0, 4)},
+        {"channels": 2},
+        {"public_size": 0},
+        {"public_size": -5},
+        {"public_size": True},
+        {"public_size": 1.5},
+        {"size": True},
     ],
-)  # fmt: skip
+)
 def test_wrong_declarations(options: dict[str, object], make_folder: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="no budget was spent"):
         protect(make_folder({"a.png": 1}), **options)
@@ -163,7 +214,13 @@ def test_public_images(make_folder: Callable[..., Path]) -> None:
 def test_owner_images_stay_marked(make_folder: Callable[..., Path]) -> None:
     owner = OwnerImages(make_folder({"cat/1.png": 1, "cat/2.png": 2}), size=4, channels=1)
     assert owner.for_owner_only
-    for derived in (owner.images, owner.images[:1], owner.images / 255, owner.images.mean(0), np.stack([owner.images[0]] * 2)):
+    for derived in (
+        owner.images,
+        owner.images[:1],
+        owner.images / 255,
+        owner.images.mean(0),
+        np.stack([owner.images[0]] * 2),
+    ):
         marked = isinstance(derived, OwnerArray)
         assert marked or derived.shape == (2, 4, 4, 1), "only np.stack loses the mark"
     assert isinstance(owner.labels, OwnerArray)
@@ -178,7 +235,14 @@ def test_private_and_public_may_not_be_the_same(make_folder, tmp_path: Path) -> 
     shutil.copytree(root, tmp_path / "copy")
     (tmp_path / "copy/cat/1.png").rename(tmp_path / "copy/cat/z.png")
     shutil.make_archive(str(tmp_path / "packed"), "zip", root)
-    for other in (root, str(root) + "/.", tmp_path / "link", tmp_path / "copy", tmp_path / "packed.zip", root / "cat"):
+    for other in (
+        root,
+        str(root) + "/.",
+        tmp_path / "link",
+        tmp_path / "copy",
+        tmp_path / "packed.zip",
+        root / "cat",
+    ):
         public = PublicImages(other, size=8, channels=3)
         with pytest.raises(InputError, match="no budget was spent; give public images"):
             same_content(private, public)
@@ -193,7 +257,9 @@ def test_an_opened_source_is_as_good_as_its_name(make_folder: Callable[..., Path
     assert values(protect(open_source(root))) == values(protect(root)) == [1]
 
 
-def test_the_cache_goes_where_it_is_told(make_folder: Callable[..., Path], tmp_path: Path, own_cache: Path) -> None:
+def test_the_cache_goes_where_it_is_told(
+    make_folder: Callable[..., Path], tmp_path: Path, own_cache: Path
+) -> None:
     protect(make_folder({"a.png": 1}), cache_dir=tmp_path / "here")
     assert len(list((tmp_path / "here").iterdir())) == 1
     assert not own_cache.exists()

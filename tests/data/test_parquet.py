@@ -16,7 +16,9 @@ from sfumato.errors import InputError
 Png = Callable[..., bytes]
 
 
-def table(images: list[bytes | None], features: dict[str, object] | None = None, **columns: list[object]) -> pa.Table:
+def table(
+    images: list[bytes | None], features: dict[str, object] | None = None, **columns: list[object]
+) -> pa.Table:
     cells = pa.array([{"bytes": image, "path": None} for image in images])
     made = pa.table({"image": cells, **{name: pa.array(values) for name, values in columns.items()}})
     if features is None:
@@ -37,7 +39,13 @@ CLASSES = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names"
 
 def test_the_layout_of_hugging_face(tmp_path: Path, png: Png) -> None:
     images = [png(value) for value in range(5)]
-    written = table(images, CLASSES, label=[0, 1, 1, 0, 1], group_id=["a", "b", None, "a", 3 and "c"], caption=list("vwxyz"))
+    written = table(
+        images,
+        CLASSES,
+        label=[0, 1, 1, 0, 1],
+        group_id=["a", "b", None, "a", 3 and "c"],
+        caption=list("vwxyz"),
+    )
     pq.write_table(written, tmp_path / "a.parquet", row_group_size=2)
     source = open_source(tmp_path / "a.parquet")
     assert source.label_names == ("zebra", "ape"), "class names keep the order of their numbers"
@@ -52,7 +60,9 @@ def test_many_batches_row_groups_and_shards(tmp_path: Path, png: Png) -> None:
     images = [png(value % 256) + value.to_bytes(2, "big") for value in range(400)]
     (tmp_path / "data").mkdir()
     for shard, part in enumerate((images[:250], images[250:])):
-        pq.write_table(table(part), tmp_path / "data" / f"train-0000{shard}-of-00002.parquet", row_group_size=150)
+        pq.write_table(
+            table(part), tmp_path / "data" / f"train-0000{shard}-of-00002.parquet", row_group_size=150
+        )
     source = open_source(tmp_path)
     assert source.kind == "parquet"
     assert source.label_names is None
@@ -78,10 +88,14 @@ def test_a_test_split_without_labels_is_unlabelled(tmp_path: Path, png: Png) -> 
 def test_tables_of_another_kind(tmp_path: Path, png: Png) -> None:
     path = tmp_path / "a.parquet"
     for made, problem in [
-        (pa.table({"text": ["a"]}), r"no image column \(it has text\)"), (pa.table({"image": ["a"]}), "no image column"),
-        (table([None]).slice(1), "no image column"), (table([png(1)]).slice(1), "holds no images"), (table([png(1)] * 2, label=[1, None]), "labels that are missing"),
-        (table([png(1)] * 2, label=[1.0, 2.0]), "not all integers"), (table([png(1)], CLASSES, label=[2]), "outside its 2"),
-    ]:  # fmt: skip
+        (pa.table({"text": ["a"]}), r"no image column \(it has text\)"),
+        (pa.table({"image": ["a"]}), "no image column"),
+        (table([None]).slice(1), "no image column"),
+        (table([png(1)]).slice(1), "holds no images"),
+        (table([png(1)] * 2, label=[1, None]), "labels that are missing"),
+        (table([png(1)] * 2, label=[1.0, 2.0]), "not all integers"),
+        (table([png(1)], CLASSES, label=[2]), "outside its 2"),
+    ]:
         pq.write_table(made, path)
         refused(path, problem)
 
@@ -149,4 +163,6 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch, png: Png, tmp_path: Path) -> N
         source.records[2].read()
     refused("hf:nobody/nothing", "FileNotFoundError: no such")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused("hf:somebody/zoo", "needs the 'datasets' library; no budget was spent; type: pip install datasets")
+    refused(
+        "hf:somebody/zoo", "needs the 'datasets' library; no budget was spent; type: pip install datasets"
+    )

@@ -22,7 +22,9 @@ NAMES = ["T-shirt/top", "test", "cat", "9"]
 
 
 @pytest.fixture
-def loads(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], object]:
+def loads(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], object]:
     """Load an imagefolder with `datasets`, offline, in a cache of its own."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
@@ -42,7 +44,9 @@ def test_images_load_as_an_imagefolder_with_labels(tmp_path: Path, loads) -> Non
     assert list(table) == ["train"], "a label named 'test' must not become a split"
     assert sorted(table["train"].features) == ["image", "label"]
     found = sorted((row["label"], np.asarray(row["image"]).tobytes()) for row in table["train"])
-    assert found == sorted((NAMES[label], picture.tobytes()) for label, picture in zip(LABELS, PICTURES, strict=True))
+    assert found == sorted(
+        (NAMES[label], picture.tobytes()) for label, picture in zip(LABELS, PICTURES, strict=True)
+    )
 
 
 def test_unlabelled_grey_images_load_too(tmp_path: Path, loads) -> None:
@@ -50,7 +54,9 @@ def test_unlabelled_grey_images_load_too(tmp_path: Path, loads) -> None:
     assert sorted(path.name for path in folder.iterdir())[:2] == ["000001.png", "000002.png"]
     table = loads(folder)["train"]
     assert list(table.features) == ["image"]
-    assert sorted(np.asarray(row["image"]).tobytes() for row in table) == sorted(p[..., 0].tobytes() for p in PICTURES)
+    assert sorted(np.asarray(row["image"]).tobytes() for row in table) == sorted(
+        p[..., 0].tobytes() for p in PICTURES
+    )
 
 
 def test_a_release_can_be_opened_as_a_source(tmp_path: Path) -> None:
@@ -64,7 +70,9 @@ def test_a_release_can_be_opened_as_a_source(tmp_path: Path) -> None:
 def test_names_and_files_carry_nothing_but_pixels(tmp_path: Path) -> None:
     folder = released(tmp_path / "run") / "images"
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
-    assert files == sorted(f"{['T-shirt_top', 'label_0001', 'cat', '9'][n % 4]}/{n + 1:06d}.png" for n in range(12))
+    assert files == sorted(
+        f"{['T-shirt_top', 'label_0001', 'cat', '9'][n % 4]}/{n + 1:06d}.png" for n in range(12)
+    )
     for path in folder.rglob("*.png"):
         raw = path.read_bytes()
         kinds, place = [], 8
@@ -76,7 +84,9 @@ def test_names_and_files_carry_nothing_but_pixels(tmp_path: Path) -> None:
         assert Image.open(path).info == {}
 
 
-@pytest.mark.parametrize("name", ["..", ".", "", "/", "a/../..", "_x", ".hidden", "con\0", "train", "my test 1", "é" * 300])
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "/", "a/../..", "_x", ".hidden", "con\0", "train", "my test 1", "é" * 300]
+)
 def test_no_label_leaves_its_folder(name: str, tmp_path: Path, loads) -> None:
     folder = released(tmp_path / "run", labels=np.zeros(12, int), label_names=[name]) / "images"
     assert {path.parent.parent for path in folder.rglob("*.png")} == {folder}
@@ -93,9 +103,13 @@ def test_labels_that_differ_only_in_what_a_folder_cannot_show(tmp_path: Path) ->
 def test_wrong_images_are_refused(tmp_path: Path) -> None:
     writer = ReleaseWriter(tmp_path)
     for images, labels in [
-        (PICTURES / 255, LABELS), (PICTURES[0], None), (PICTURES[..., :2], None), (PICTURES, LABELS[:3]),
-        (PICTURES, LABELS + 1), (PICTURES, LABELS - 1),
-    ]:  # fmt: skip
+        (PICTURES / 255, LABELS),
+        (PICTURES[0], None),
+        (PICTURES[..., :2], None),
+        (PICTURES, LABELS[:3]),
+        (PICTURES, LABELS + 1),
+        (PICTURES, LABELS - 1),
+    ]:
         with pytest.raises(ValueError):
             writer.images(images, labels, NAMES)
 
@@ -110,7 +124,11 @@ def test_nothing_is_there_until_complete_and_then_everything(tmp_path: Path) -> 
     final = writer.complete()
     assert final == tmp_path / "run/release"
     assert sorted(path.name for path in final.iterdir()) == ["README.md", "images", "model", "privacy.json"]
-    assert json.loads((final / "privacy.json").read_text("utf-8")) == {"epsilon": 8.0, "counts": [0, 1], "name": "Zoë"}
+    assert json.loads((final / "privacy.json").read_text("utf-8")) == {
+        "epsilon": 8.0,
+        "counts": [0, 1],
+        "name": "Zoë",
+    }
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["release"]
 
 
@@ -188,10 +206,18 @@ class Plain:
 
 
 def nests(value: object) -> list[object]:
+    array = np.empty(2, object)
+    array[1] = value
     return [
-        value, [1, value], (value,), {"a": {"b": [value]}}, Facts([value]), Plain(Facts([value])), {"x": Plain([value])},
-        np.array([value, None], object),
-    ]  # fmt: skip
+        value,
+        [1, value],
+        (value,),
+        {"a": {"b": [value]}},
+        Facts([value]),
+        Plain(Facts([value])),
+        {"x": Plain([value])},
+        array,
+    ]
 
 
 def test_what_is_for_the_owner_is_found_wherever_it_hides(make_folder, tmp_path: Path) -> None:
@@ -200,7 +226,7 @@ def test_what_is_for_the_owner_is_found_wherever_it_hides(make_folder, tmp_path:
     protected = ProtectedImages(root, ledger=None, size=4, channels=1)
     writer = ReleaseWriter(tmp_path / "run")
     for secret in (owner, OwnerOnly(0.93), protected, protected.skipped, owner.images.mean(axis=0)):
-        for hidden in nests(secret)[: -1 if isinstance(secret, np.ndarray) else None]:
+        for hidden in nests(secret):
             with pytest.raises(InputError, match="without a guarantee; nothing was released"):
                 writer.json("a.json", hidden)
             with pytest.raises(InputError, match="without a guarantee"):
@@ -220,10 +246,16 @@ def test_a_structure_that_holds_itself_ends() -> None:
     refuse_private(loop, "x")
 
 
-@pytest.mark.parametrize("name", ["internal/a.json", "../a.json", "a/../../b", "/tmp/a.json", "", "model/internal/x"])
+@pytest.mark.parametrize(
+    "name", ["internal/a.json", "../a.json", "a/../../b", "/tmp/a.json", "", "model/internal/x"]
+)
 def test_names_that_lead_elsewhere(name: str, tmp_path: Path) -> None:
     writer = ReleaseWriter(tmp_path / "run")
-    for write in (lambda: writer.json(name, 1), lambda: writer.text(name, "x"), lambda: writer.directory(name)):
+    for write in (
+        lambda: writer.json(name, 1),
+        lambda: writer.text(name, "x"),
+        lambda: writer.directory(name),
+    ):
         with pytest.raises(InputError):
             write()
     with pytest.raises(InputError, match="not for release"):
@@ -246,7 +278,9 @@ def test_what_others_put_into_a_folder_is_looked_through(bad: str, tmp_path: Pat
 
 def test_internal_files_say_so(tmp_path: Path, monkeypatch) -> None:
     writer = InternalWriter(tmp_path / "run")
-    one = writer.json("evaluation/accuracy.json", {"accuracy": OwnerOnly(np.float32(0.5)), "not_for_release": False})
+    one = writer.json(
+        "evaluation/accuracy.json", {"accuracy": OwnerOnly(np.float32(0.5)), "not_for_release": False}
+    )
     two = writer.json("list.json", OwnerOnly([1, 2]))
     three = writer.text("report.html", OwnerOnly("<html></html>"))
     assert json.loads(one.read_text()) == {"not_for_release": True, "accuracy": 0.5}

