@@ -145,6 +145,15 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     assert np.abs(pixels[:, :, 0].astype(int) - shown).max() <= (6 if kind == "JPEG" else 0)
 
 
+def test_sixteen_bit_grey_is_turned_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "TIFF"):
+        raw = encoded(Image.fromarray(GREY16[:, :12].copy()), kind, exif=exif)
+        pixels = decode_image(raw, size=None, channels=1, where="x")[:, :, 0]
+        assert (pixels == np.rot90(GREY[:, :12], -1)).all()
+
+
 def test_damaged_exif_beside_intact_pixels_is_no_obstacle() -> None:
     raw = encoded(GREY_IMAGE, "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f junk")
     assert (decode_image(raw, size=None, channels=1, where="x")[:, :, 0] == GREY).all()

@@ -154,6 +154,12 @@ def test_metadata_that_is_not_text(make_folder: Callable[..., Path]) -> None:
     refused(root, "line 2 is not JSON in UTF-8")
 
 
+def test_metadata_that_cannot_be_opened(make_folder: Callable[..., Path]) -> None:
+    root = make_folder({"a.png": 1})
+    (root / "metadata.jsonl").symlink_to(root / "gone")
+    refused(root, r"has a metadata\.jsonl that cannot be opened")
+
+
 def test_blank_lines_and_a_byte_order_mark_are_harmless(make_folder: Callable[..., Path]) -> None:
     root = make_folder({"a.png": 1, "metadata.jsonl": b'\xef\xbb\xbf\n{"file_name": "a.png"}\r\n\n'})
     assert names(open_source(root)) == ["a.png"]

@@ -194,6 +194,7 @@ def test_declared_labels(make_folder: Callable[..., Path]) -> None:
         {"public_size": -5},
         {"public_size": True},
         {"public_size": 1.5},
+        {"public_size": "many"},
         {"size": True},
     ],
 )

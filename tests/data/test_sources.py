@@ -4,10 +4,13 @@ import gzip
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sfumato.data import glyphs
@@ -118,6 +121,41 @@ def test_files_are_known_by_content(tmp_path: Path, png: Callable[..., bytes]) -
             open_source(tmp_path / name)
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 3, 3), np.uint8))
     assert open_source(str(tmp_path / "a.npz")).kind == "npz"
+
+
+def write_collections(folder: Path, png: Callable[..., bytes]) -> list[Path]:
+    images = np.arange(96, dtype=np.uint8).reshape(6, 4, 4)
+    np.savez_compressed(folder / "a.npz", images=images, labels=np.arange(6))
+    np.savez(folder / "b.npz", images=images)
+    raw = struct.pack(">BBBB3I", 0, 0, 8, 3, 6, 4, 4) + images.tobytes()
+    (folder / "c.idx").write_bytes(raw)
+    (folder / "d.gz").write_bytes(gzip.compress(raw))
+    with zipfile.ZipFile(folder / "e.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/1.png", png(1))
+        archive.writestr("dog/2.png", png(2))
+    cells = pa.array([{"bytes": png(value), "path": None} for value in range(6)])
+    pq.write_table(pa.table({"image": cells, "label": list(range(6))}), folder / "f.parquet")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_damage_anywhere_ends_in_one_line(which: int, tmp_path: Path, png: Callable[..., bytes]) -> None:
+    path = write_collections(tmp_path, png)[which]
+    whole = path.read_bytes()
+    rng = np.random.default_rng(which)
+    refusals = 0
+    for _ in range(150):
+        raw = bytearray(whole[: rng.integers(1, len(whole) + 1)] if rng.random() < 0.3 else whole)
+        for place in rng.integers(0, len(raw), size=rng.integers(1, 5)):
+            raw[place] = rng.integers(256)
+        path.write_bytes(raw)
+        try:
+            for record in open_source(path).records[:50]:
+                record.read()
+        except InputError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    assert refusals > 10
 
 
 def test_opening_images_imports_nothing_heavy() -> None:

@@ -85,7 +85,7 @@ def cached_pixels(
         try:
             _build(partial, source, shape, skip_unreadable)
             if found is not None:
-                shutil.rmtree(place)
+                shutil.rmtree(place, ignore_errors=True)
             _publish(partial, place, source, shape)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -211,10 +211,10 @@ def _load(place: Path, source: Source, shape: tuple[int, ...]) -> Cached | None:
     except FileNotFoundError:
         if not place.exists():
             return None
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
         return None
     except (ValueError, KeyError, TypeError, EOFError):
-        shutil.rmtree(place)
+        shutil.rmtree(place, ignore_errors=True)
         return None
     images = np.memmap(place / "images.u8", np.uint8, "r", shape=full)
     return Cached(
@@ -262,15 +262,13 @@ def _remove_abandoned(directory: Path, key: str) -> None:
 
 
 def _cannot_write(directory: Path, error: OSError) -> InputError:
+    elsewhere = ", or set XDG_CACHE_HOME to another folder," if directory == default_cache_directory() else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputError(
-            f"the disk under '{directory}' is full; {NO_BUDGET}; "
-            "free some space there, or set XDG_CACHE_HOME to a folder with more, and run the command again"
-        )
-    return InputError(
-        f"'{directory}' cannot hold the decoded images ({error.strerror or error}); {NO_BUDGET}; "
-        "allow writing there or set XDG_CACHE_HOME to another folder"
-    )
+        problem, remedy = f"the disk under '{directory}' is full", "free some space there"
+    else:
+        problem = f"'{directory}' cannot hold the decoded images ({error.strerror or error})"
+        remedy = "allow writing there"
+    return InputError(f"{problem}; {NO_BUDGET}; {remedy}{elsewhere} and run the command again")
 
 
 def sync_directory(path: Path) -> None:

@@ -203,7 +203,11 @@ def _from_metadata(tree: _Tree) -> tuple[list[Record], tuple[str, ...] | None]:
 
 
 def _rows(tree: _Tree) -> Iterator[tuple[int, dict[str, object]]]:
-    for line, raw in enumerate(tree.read(METADATA).removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+    try:
+        content = tree.read(METADATA)
+    except UnreadableImage as error:
+        raise bad_source(tree.spec, f"has a {METADATA} that {error.reason}", "repair it") from None
+    for line, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         if not raw.strip():
             continue
         try:

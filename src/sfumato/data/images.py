@@ -158,9 +158,8 @@ class ProtectedImages:
             raise InputError(
                 f"unit {unit!r} is not one of {', '.join(UNITS)}; {NO_BUDGET}; give --unit image or group"
             )
-        if public_size is not None and (
-            isinstance(public_size, bool) or int(public_size) != public_size or public_size < 1
-        ):
+        whole = isinstance(public_size, (int, np.integer)) and not isinstance(public_size, bool)
+        if public_size is not None and (not whole or public_size < 1):
             raise InputError(
                 f"public size {public_size!r} is not a number of units; {NO_BUDGET}; give 1 or more"
             )
