@@ -97,9 +97,9 @@ def names_of(values: Iterable[str | int]) -> tuple[str, ...]:
 
 def printable(name: str) -> str:
     """A file name as it can be put into a one-line message: control and undecodable characters escaped."""
-    return name if name.isprintable() else ascii(name)[1:-1]
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 def bad_source(spec: str, problem: str, remedy: str) -> InputError:
     """The one-line error for a collection that cannot be used as it is."""
-    return InputError(f"'{printable(spec)}' {problem}; {NO_BUDGET}; {remedy}")
+    return InputError(printable(f"'{spec}' {problem}; {NO_BUDGET}; {remedy}"))
