@@ -104,6 +104,12 @@ def calibrate(make_events: Callable[[float], Sequence[DpEvent]], budget: Budget)
     def exact(noise: float) -> float:
         return epsilon_of(make_events(noise), budget.delta)
 
+    def rough(noise: float) -> float:  # on a coarser grid: an upper bound too, and ten times as fast
+        leaves = [leaf for event in make_events(noise) for leaf in _leaves(event, 1)]
+        if not leaves or any(_without_noise(event) for event, _ in leaves):
+            return math.inf if leaves else 0.0
+        return _add_or_remove_one(leaves, "pld", max(FINEST, 5e-4 * target))(budget.delta)
+
     def fits_roughly(noise: float) -> bool:
         bound = quick(noise)
         return bound <= target or (bound <= max(4 * target, 1.0) and exact(noise) <= target)
@@ -123,27 +129,34 @@ def calibrate(make_events: Callable[[float], Sequence[DpEvent]], budget: Budget)
         middle = math.sqrt(low * high)
         low, high = (low, middle) if quick(middle) <= target else (middle, high)
 
-    at_high = exact(high)
-    while at_high > target:  # never seen: PLD above RDP
-        high *= 1.01
-        at_high = exact(high)
-    low = high * 0.9
-    at_low = exact(low)
+    high = _narrow(rough, target, high, step=0.9, tolerance=1e-3)
+    return _narrow(exact, target, high, step=0.999, tolerance=1e-5)
+
+
+def _narrow(
+    epsilon: Callable[[float], float], target: float, high: float, *, step: float, tolerance: float
+) -> float:
+    """The smallest noise found with epsilon(noise) <= target, starting from one near it; always checked."""
+    at_high = epsilon(high)
+    while at_high > target:
+        high /= step
+        at_high = epsilon(high)
+    low = high * step
+    at_low = epsilon(low)
     while at_low <= target:
-        high, at_high, low = low, at_low, low * 0.9
+        high, at_high, low, step = low, at_low, low * step**2, step**2
         if low < 1e-6:
             return high
-        at_low = exact(low)
-
+        at_low = epsilon(low)
     # Secant steps on log epsilon against log noise, which is nearly straight; high always fits, low never.
-    for step in range(40):
-        if at_high >= target * (1 - 1e-5) or high / low < 1 + 1e-7:
+    for turn in range(60):
+        if at_high >= target * (1 - tolerance) or high / low < 1 + 1e-7:
             break
         middle = math.sqrt(low * high)
-        if at_high > 0 and math.isfinite(at_low) and step % 3 < 2:
-            rise = math.log(at_low / (target * (1 - 5e-6))) / math.log(at_low / at_high)
+        if at_high > 0 and math.isfinite(at_low) and turn % 3 < 2:
+            rise = math.log(at_low / (target * (1 - tolerance / 2))) / math.log(at_low / at_high)
             middle = low * (high / low) ** min(max(rise, 1e-3), 1 - 1e-3)
-        at_middle = exact(middle)
+        at_middle = epsilon(middle)
         if at_middle <= target:
             high, at_high = middle, at_middle
         else:
@@ -180,7 +193,9 @@ def _pure(event: Any) -> bool:
     return type(event).__name__ == "DiscreteLaplaceDpEvent"
 
 
-def _add_or_remove_one(leaves: list[tuple[DpEvent, int]], accountant: str) -> Callable[[float], float]:
+def _add_or_remove_one(
+    leaves: list[tuple[DpEvent, int]], accountant: str, grid: float = FINEST
+) -> Callable[[float], float]:
     """delta -> epsilon for add-or-remove-one."""
     pure = sum(
         (event.noise_parameter * event.sensitivity * count if _pure(event) else math.inf)  # type: ignore[attr-defined]
@@ -192,13 +207,17 @@ def _add_or_remove_one(leaves: list[tuple[DpEvent, int]], accountant: str) -> Ca
         if delta == 0:
             return pure
         if not curves:
-            curves["it"] = _rdp(leaves) if accountant == "rdp" else _pld(leaves, ADD_OR_REMOVE_ONE, delta)
+            curves["it"] = (
+                _rdp(leaves) if accountant == "rdp" else _pld(leaves, ADD_OR_REMOVE_ONE, delta, grid)
+            )
         return min(pure, curves["it"](delta))
 
     return epsilon
 
 
-def _pld(leaves: list[tuple[DpEvent, int]], relation: Relation, delta: float) -> Callable[[float], float]:
+def _pld(
+    leaves: list[tuple[DpEvent, int]], relation: Relation, delta: float, grid: float = FINEST
+) -> Callable[[float], float]:
     from dp_accounting.dp_event import SelfComposedDpEvent
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.privacy_accountant import NeighboringRelation
@@ -206,7 +225,7 @@ def _pld(leaves: list[tuple[DpEvent, int]], relation: Relation, delta: float) ->
     size = _rdp(leaves, _BRACKET_ORDERS)(delta)
     if not math.isfinite(size):
         return lambda _: math.inf
-    accountant = PLDAccountant(NeighboringRelation[relation.name], FINEST * max(1.0, size / 50))
+    accountant = PLDAccountant(NeighboringRelation[relation.name], grid * max(1.0, size / 50 * FINEST / grid))
     for event, count in leaves:
         accountant.compose(event if count == 1 else SelfComposedDpEvent(event, count))
     return lambda delta: _sound(accountant.get_epsilon(delta))
