@@ -138,6 +138,14 @@ def _conv2d(layer: nn.Conv2d, wanted: Wanted, units: int, value: Tensor, at_outp
     if "weight" not in wanted:
         return
     on_cpu = value.device.type == "cpu"
+    if weight.shape[2:] == (1, 1) and value.shape[2:] == at_output.shape[2:] and layer.groups == 1:
+        inputs = value.reshape(units, per_unit, -1, positions).transpose(2, 3)
+        errors = at_output.reshape(units, per_unit, out, positions)
+        product = torch.bmm(errors[:, 0], inputs[:, 0])
+        for row in range(1, per_unit):
+            product.baddbmm_(errors[:, row], inputs[:, row])
+        yield "weight", product.view(units, *weight.shape)
+        return
     if layer.groups != 1 or (on_cpu and per_unit * positions >= POSITIONS_FOR_ONE_CALL_PER_UNIT):
         gradient = weight.new_empty((units, *weight.shape))
         for unit in range(units):
