@@ -26,9 +26,11 @@ class ChecksOptions:
 def run(arguments: Sequence[str]) -> int:
     """Parse, look at the machine, test the engines, print."""
     options = parse(ChecksOptions, "sfumato checks", arguments)
-    from sfumato.machine import machine_report
+    from dataclasses import asdict
 
-    report = dict(machine_report())
+    from sfumato.machine import best_defaults, machine_report
+
+    report = machine_report() | {"chosen_by_measurement": asdict(best_defaults())}
     tests = [self_test(engine) for engine in ENGINES]
     passed = all(test["ok"] for test in tests)
     if options.json:
@@ -80,4 +82,6 @@ def _say_table(name: str, value: Any) -> None:
         for key, item in value.items():
             say(f"  {str(key).replace('_', ' '):<{width}}  {item}")
     else:
-        say(f"{name.replace('_', ' '):<12}  {value}")
+        say(
+            f"{name.replace('_', ' '):<18} {', '.join(map(str, value)) if isinstance(value, list) else value}"
+        )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sfumato.cli.parsing import parse, say
 from sfumato.errors import InputError
-from sfumato.synthesis.options import Method, seconds
+from sfumato.synthesis.options import Method, Preset, default_delta, seconds
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Show what a privacy and a time budget buy on this machine. Reads no private data, costs nothing."""
+    """Show what a privacy and a time budget buy on this machine. Reads no private data, costs nothing.
+
+    The machine's speed is measured on random images for a few seconds.
+    """
 
     units: int
-    """Number of private units (images, or groups) to plan for; a public figure or a guess, above 0."""
+    """Number of private units (images, or groups) to plan for; a public figure or a guess, above 1."""
 
     epsilon: float
     """Privacy budget ε, for adding or removing one unit; above 0."""
@@ -27,37 +30,88 @@ class PlanOptions:
     method: Method = "privimage"
     """The method to plan for, as in `sfumato synthesize`."""
 
+    preset: Preset | None = None
+    """The settings to plan with, as in `sfumato synthesize`. Default: the demo's."""
+
     time_budget: str = "10m"
     """Wall-clock time the run may take on this machine: 90s, 10m, 2h."""
 
-    size: int = 28
-    """Side of the square images, in pixels."""
+    size: int | None = None
+    """Side of the square images, in pixels. Default: the preset's, else 28."""
 
-    channels: Literal[1, 3] = 1
-    """Colour channels: 1 (grey) or 3 (RGB)."""
+    channels: Literal[1, 3] | None = None
+    """Colour channels: 1 (grey) or 3 (RGB). Default: the preset's, else 1."""
 
     labels: int = 10
     """Number of labels; 1 for a set without labels."""
 
+    public_classes: int | None = None
+    """Number of classes in the public set. Default: enough of them."""
+
+    num_images: int | None = None
+    """How many synthetic images to write. Default: the preset's, else as many as the units."""
+
     def check(self) -> None:
-        """Refuse values that can never work (InputError)."""
+        """Refuse values that can never work, before anything heavy is imported (InputError)."""
         for name, fits in (
-            ("units", self.units >= 1),
+            ("units", self.units >= 2),
             ("epsilon", 0 < self.epsilon < float("inf")),
             ("delta", self.delta is None or 0 < self.delta < 1),
-            ("size", 8 <= self.size <= 256),
+            ("size", self.size is None or 8 <= self.size <= 256),
             ("labels", self.labels >= 1),
+            ("public_classes", self.public_classes is None or self.public_classes >= 1),
+            ("num_images", self.num_images is None or self.num_images >= 1),
         ):
             if not fits:
-                raise InputError(f"--{name} {getattr(self, name)} cannot be used. See `sfumato plan --help`.")
+                option = "--" + name.replace("_", "-")
+                raise InputError(f"{option} {getattr(self, name)} cannot be used; see `sfumato plan --help`.")
         seconds(self.time_budget)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse, plan, print."""
+    """Parse, measure this machine, plan, print."""
     options = parse(PlanOptions, "sfumato plan", arguments)
     options.check()
-    from sfumato.synthesis.planner import make_plan
+    import torch
 
-    say(str(make_plan(options)))
+    from sfumato.diffusion.edm import EDM
+    from sfumato.diffusion.networks import unet
+    from sfumato.machine import best_defaults
+    from sfumato.privacy.budget import Budget, delta_warning
+    from sfumato.synthesis.planner import make_plan, measure_speeds
+    from sfumato.synthesis.presets import preset_for
+
+    chosen = preset_for(options.preset, "")
+    preset = replace(chosen, size=options.size or chosen.size, channels=options.channels or chosen.channels)
+    budget = Budget(
+        options.epsilon, options.delta if options.delta is not None else default_delta(options.units)
+    )
+    defaults = best_defaults()
+    torch.set_num_threads(defaults.threads)
+    size = (preset.size, preset.size)
+    network = unet(preset.network, size=size, channels=preset.channels, num_labels=options.labels)
+    speeds = measure_speeds(
+        network.to(defaults.device),
+        EDM(),
+        size=size,
+        channels=preset.channels,
+        autocast=defaults.public_dtype == "bfloat16",
+    )
+    plan = make_plan(
+        method=options.method,
+        units=options.units,
+        budget=budget,
+        preset=preset,
+        seconds=seconds(options.time_budget),
+        speeds=speeds,
+        num_images=options.num_images or preset.num_images or options.units,
+        num_labels=options.labels,
+        public_classes=options.public_classes,
+    )
+    say(f"plan for {options.units:,} units, on {defaults.threads} threads ({defaults.device})")
+    for line in plan.lines():
+        say(f"  {line}")
+    if warning := delta_warning(budget.delta, options.units):
+        say(f"  note: {warning}")
+    say("No private data was read and no budget was spent.")
     return 0

@@ -151,6 +151,15 @@ def _must(holds: bool, option: str, value: object, range_: str) -> None:
         raise InputError(f"{option} {value} cannot be used: it has to be {range_}; no budget was spent.")
 
 
+def default_delta(units: int) -> float:
+    """The δ of a run that names none: 1/(n·ln n) for n units, never above n^-1.1 or below 1e-10.
+
+    Well below 1/n, as it must be; `units` is the declared or noisy number, never the true one.
+    """
+    n = max(3, units)
+    return max(1e-10, min(1 / (n * math.log(n)), n**-1.1))
+
+
 def seconds(text: str) -> float:
     """Seconds in a duration such as "90s", "10m", "2h" or "1h30m".
 
