@@ -37,7 +37,8 @@ class Defaults:
     measured_at: str
 
 
-def best_defaults(cache_file: str | Path | None = None) -> Defaults:    """The fastest settings found here; from `cache_file` if measured before on this machine and torch.
+def best_defaults(cache_file: str | Path | None = None) -> Defaults:
+    """The fastest settings found here; from `cache_file` if measured before on this machine and torch.
 
     The measurement takes about 5 seconds on an idle machine. On a busy one it is not remembered, because
     timings then say little. `cache_file` defaults to machine.json in the user's cache folder; a cache that
@@ -133,7 +134,8 @@ def _measure() -> Defaults:
             "bfloat16": _seconds(lambda: public_step(True)),
         }
         engines = {
-            name: _seconds(lambda name=name: _private_step(net, rows, loss, name)) for name in ("fast", "exact")
+            engine: _seconds(lambda engine=engine: _private_step(net, rows, loss, engine))
+            for engine in ("fast", "exact")
         }
     finally:
         torch.set_num_threads(threads_before)
