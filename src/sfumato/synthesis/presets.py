@@ -1,0 +1,84 @@
+"""Named settings of a run. What enters the accounting is fixed here and by the planner, never by the data.
+
+`demo` was tuned on the demonstration's own digits, which are public. The `paper-...` presets carry the
+published settings of PrivImage (arXiv 2311.12850) and of its runs in DPImageBench (arXiv 2503.14681).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from sfumato.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of every stage; figures marked * are ceilings that the time budget may lower."""
+
+    size: int = 28
+    channels: int = 1
+    network: str = "tiny"
+    num_images: int | None = None
+    guidance: float = 1.0
+    sampler: str = "heun"
+    sampler_steps: int = 12
+    sigma_max: float = 80.0
+    # semantic query and selection
+    query_steps: int = 500
+    top_k: int = 5
+    classes_per_label: int = 5
+    query_noise: float = 8.0
+    # mean images (warm-up); none when 0
+    means_per_label: int = 0
+    means_noise: float = 5.0
+    means_clip: float = 5.0
+    means_steps: int = 100
+    # public training
+    public_steps: int = 20_000  # *
+    public_batch: int = 128
+    public_lr: float = 2e-3
+    public_ema: float = 0.999
+    # DP-SGD
+    sampling_probability: float = 0.25
+    most_steps: int = 150  # *
+    noise_levels: int = 4  # *
+    clip_norm: float = 1e-2
+    private_lr: float = 2e-3
+    private_ema: float = 0.95
+    label_dropout: float = 0.1
+    # share of the training time that goes to public training when there is a private stage
+    public_share: float = 0.35
+    time_bound: bool = True  # False: run the settings as they are, however long it takes
+
+
+PRESETS = {
+    "demo": Preset(num_images=3000),
+    "fashion-mnist": Preset(num_images=6000, sampling_probability=0.05, most_steps=300, query_noise=50.0),
+    "cifar10": Preset(
+        size=32, channels=3, network="medium", num_images=5000, sampling_probability=0.1, query_noise=100.0
+    ),
+    "paper-fashion-mnist": Preset(
+        network="paper", query_noise=50.0, query_steps=20_000, public_steps=40_000, public_batch=1024,
+        public_lr=3e-4, sampling_probability=4096 / 60_000, most_steps=2100, noise_levels=32, clip_norm=1e-3,
+        private_lr=3e-4, private_ema=0.999, sampler="churn", sampler_steps=50, num_images=60_000,
+        time_bound=False,
+    ),
+    "paper-cifar10": Preset(
+        size=32, channels=3, network="paper", query_noise=484.0, query_steps=40_000, public_steps=40_000,
+        public_batch=512, public_lr=1e-4, sampling_probability=1 / 3, most_steps=150, noise_levels=8,
+        clip_norm=1e-3, private_lr=3e-4, private_ema=0.999, sampler="ddim", sampler_steps=50,
+        num_images=50_000, time_bound=False,
+    ),
+}  # fmt: skip
+
+
+def preset_for(name: str | None, private: str) -> Preset:
+    """The preset of that name; without one, the one named after the data, else the demo's."""
+    if name is None:
+        kind = private.split(":")[0]
+        name = kind if kind in PRESETS else "demo"
+        if name == "demo" and not private.startswith("demo:"):
+            return replace(PRESETS["demo"], num_images=None)
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)} (--preset)")
+    return PRESETS[name]
