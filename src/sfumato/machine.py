@@ -51,7 +51,8 @@ def best_defaults(cache_file: str | Path | None = None) -> Defaults:
         if known["key"] == key:
             return Defaults(**known["defaults"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass    found = _measure()
+        pass
+    found = _measure()
     if _busy():
         return found
     try:
