@@ -99,7 +99,7 @@ def test_no_paths_accounts_seeds_or_timings_in_the_release(facts):
 
 def test_the_release_page_has_nothing_of_the_owner(facts, owner):
     page = release_report(facts)
-    for text in ("NOT FOR RELEASE", "86.1 %", "97.1 %", "1,000 images kept aside", "private (real)"):
+    for text in ("NOT FOR RELEASE", "86.1 %", "97.1 %", "1,000 images kept aside", "Real and synthetic"):
         assert text not in page
     assert not any((picture[..., :3] == 77).any(axis=-1).all() for picture in _pictures(page))
     with pytest.raises(InputError):

@@ -74,7 +74,7 @@ class AccuracyRow:
 class OwnerFacts:
     """What touches private data without a guarantee; `for_owner_only` makes every release writer refuse it.
 
-    `private_examples`: uint8 [n, H, W, C] real images for the gallery.
+    `private_examples`: uint8 [n, H, W, C] real images, private or held out, for the gallery.
     """
 
     holdout_description: str

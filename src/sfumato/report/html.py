@@ -26,7 +26,7 @@ def release_report(facts: ReleaseFacts) -> str:
 
 
 def internal_report(facts: ReleaseFacts, owner: OwnerFacts) -> str:
-    """The owner's page, marked "not for release": accuracy, real pictures, then all that the release's page says.
+    """The owner's page, marked "not for release": accuracy, real pictures, then all of the release's page.
 
     Write it under `internal/` only: it holds private pixels and figures without a guarantee.
     """
@@ -37,8 +37,8 @@ def internal_report(facts: ReleaseFacts, owner: OwnerFacts) -> str:
         count = min(len(owner.private_examples), len(facts.sample_images), 40)
         spread = np.linspace(0, len(facts.sample_images) - 1, count).round().astype(int)
         gallery = [
-            ("private (real)", sheet(owner.private_examples[:count])),
-            ("synthetic (this release)", sheet(facts.sample_images[spread])),
+            ("real", sheet(owner.private_examples[:count])),
+            ("synthetic, this release", sheet(facts.sample_images[spread])),
         ]
     own = {
         "holdout": owner.holdout_description,

@@ -38,8 +38,8 @@ class SynthesizeOptions:
     run)."""
 
     delta: float | None = None
-    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n) with n the public size, never
-    above n^-1.1."""
+    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n) for a public size n, never above
+    n^-1.1; without a public size 1e-6; for the demo 1e-5."""
 
     method: Method = "privimage"
     """privimage: select public classes privately, train on them, then DP-SGD. dpdm: DP-SGD without public
