@@ -92,7 +92,7 @@ class Ledger:
         """
         url = parse_url(where)
         shown = (url.database or "") if url.drivername.startswith("sqlite") else url.render_as_string()
-        file = Path(url.database) if url.drivername.startswith("sqlite") and url.database else None
+        file = Path(shown.removeprefix("file:")) if url.drivername.startswith("sqlite") else None
         if file is not None and not file.exists():
             if total is None:
                 raise missing(shown)

@@ -9,7 +9,8 @@ A unit of several images contributes one image, drawn uniformly, to a histogram 
 of an image), and the average over its images to mean images.
 
 Histograms and the count use exact discrete noise. The discrete Gaussian is stated as the continuous event of
-the same multiplier; the difference is below rounding (tests/privacy/test_mechanisms.py). Mean images use
+the same multiplier; it costs no more than that beyond the accounting's own rounding (a test compares them).
+Mean images use
 float64 noise; see `randomness` for the floating-point stance.
 """
 
