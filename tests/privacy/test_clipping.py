@@ -56,7 +56,9 @@ def test_equals_clipping_each_unit_by_hand(engine, clip_norm):
     engine=st.sampled_from(ENGINES),
     seed=st.integers(0, 2**31),
 )
-def test_one_unit_more_moves_the_sum_by_at_most_the_clip_norm(units, per_unit, clip_norm, scale, engine, seed):
+def test_one_unit_more_moves_the_sum_by_at_most_the_clip_norm(
+    units, per_unit, clip_norm, scale, engine, seed
+):
     net, rows = Mixed(), mixed_rows(units + 1, per_unit, seed)
     rows["x"][0] *= scale
 
@@ -71,7 +73,7 @@ def test_one_unit_more_moves_the_sum_by_at_most_the_clip_norm(units, per_unit, c
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=40), st.floats(1e-9, 1e9))
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40), st.floats(1e-9, 1e9))
 def test_a_clipped_vector_is_never_longer_than_the_clip_norm(values, clip_norm):
     assert flat(clipped_vector_sum(torch.tensor([values]), clip_norm)).norm() <= clip_norm
 
@@ -144,7 +146,11 @@ def test_noise_is_drawn_once_per_coordinate():
 def test_exact_values_cannot_be_read_copied_or_misused():
     exact = ClippedSum({"a": torch.full((2,), 123.0)}, 1.0)
     assert "123" not in repr(exact) + str(exact)
-    assert [name for name in dir(exact) if not name.startswith("_")] == ["add_noise", "clip_norm", "sensitivity"]
+    assert [name for name in dir(exact) if not name.startswith("_")] == [
+        "add_noise",
+        "clip_norm",
+        "sensitivity",
+    ]
     for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError):
             attempt(exact)
