@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FEWEST_STEPS = 20
 SAFETY = 0.92  # share of the time budget that is planned; the rest covers start-up, reports and a busy machine
 SECONDS_PER_CLASSIFIER = 12.0
+NOISE_FOR_EPSILON = 8.0  # the presets' query and mean-image noise; smaller budgets get more in proportion
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ def make_plan(
 
     if units < 2:
         raise InputError(f"{units} private unit(s): differential privacy cannot hide one in so few")
+    if preset.time_bound and budget.epsilon < NOISE_FOR_EPSILON:
+        scale = NOISE_FOR_EPSILON / budget.epsilon
+        preset = replace(
+            preset, query_noise=preset.query_noise * scale, means_noise=preset.means_noise * scale
+        )  # fmt: skip
     query = method == "privimage"
     means = method != "public-only" and preset.means_per_label > 0
     if query and public_classes is not None:
