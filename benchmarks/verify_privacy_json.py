@@ -44,7 +44,7 @@ def by_pld(events: list[Any], delta: float, claimed: float) -> float:
     bound = sum(pure(event) for event in events)
     if delta == 0:
         return bound
-    accountant = PLDAccountant(value_discretization_interval=1e-4 * max(1.0, claimed / 100))
+    accountant = PLDAccountant(value_discretization_interval=1e-4 * max(1.0, claimed / 20))
     for event in events:
         accountant.compose(event)
     return min(bound, accountant.get_epsilon(delta))

@@ -19,7 +19,7 @@ from scipy.stats import chisquare, kstest
 
 from sfumato.errors import InputError
 from sfumato.privacy import randomness
-from sfumato.privacy.randomness import SecureStream, discrete_gaussian, discrete_laplace
+from sfumato.privacy.randomness import LATTICE, SecureStream, discrete_gaussian, discrete_laplace
 
 ALARM = 1e-9
 
@@ -146,7 +146,13 @@ def test_a_forked_child_draws_something_else():
 
 
 def test_there_is_no_way_to_pass_a_seed():
-    for thing in (SecureStream, SecureStream.gaussian, SecureStream.seed, discrete_gaussian, discrete_laplace):
+    for thing in (
+        SecureStream,
+        SecureStream.gaussian,
+        SecureStream.seed,
+        discrete_gaussian,
+        discrete_laplace,
+    ):
         names = set(inspect.signature(thing).parameters)
         assert not names & {"seed", "key", "rng", "generator", "random_state"}
     assert 0 <= SecureStream().seed() < 2**63
@@ -154,9 +160,11 @@ def test_there_is_no_way_to_pass_a_seed():
 
 
 def discrete_gaussian_pmf(scale: float) -> tuple[np.ndarray, np.ndarray]:
-    support = np.arange(-int(12 * scale) - 12, int(12 * scale) + 13)
-    mass = np.exp(-(support**2) / (2 * scale**2))
-    return support, mass / mass.sum()
+    """Of the noise on the lattice, rounded to whole numbers (half to even)."""
+    fine = np.arange(-int(12 * scale + 12) * LATTICE, int(12 * scale + 12) * LATTICE + 1)
+    mass = np.exp(-((fine / LATTICE) ** 2) / (2 * scale**2))
+    whole = np.rint(fine / LATTICE).astype(int)
+    return np.arange(whole[0], whole[-1] + 1), np.bincount(whole - whole[0], mass / mass.sum())
 
 
 def fits(counts: np.ndarray, expected: np.ndarray) -> bool:

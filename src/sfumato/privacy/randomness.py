@@ -23,6 +23,7 @@ import numpy as np
 
 from sfumato.errors import InputError
 
+LATTICE = 1024  # steps of discrete Gaussian noise in one unit
 _BLOCK = 1 << 16  # bytes of stream per call to the cipher; also what stays buffered at most
 _ZEROS = bytes(_BLOCK)
 _WORK = 1 << 15  # pairs of normals per round, small enough to stay in the processor's cache
@@ -124,9 +125,10 @@ class SecureStream:
 def discrete_gaussian(values: np.ndarray, scale: float) -> np.ndarray:
     """Adds exact discrete Gaussian noise to each integer (OpenDP; Canonne, Kamath and Steinke 2020).
 
-    With integer values, L2 sensitivity s and scale sigma this is at least as private as the continuous
-    Gaussian mechanism in zCDP, and the same to within rounding as the Gaussian event of multiplier sigma / s
-    for the scales used here (tests compare the two accountings).
+    The noise lives on a lattice of 1/1024, and the sum is rounded to a whole number afterwards, which is
+    post-processing. On the integers themselves the noise would cost up to 0.2 % more epsilon than the continuous
+    Gaussian event of the same multiplier when the scale is small; on this lattice the two agree to within the
+    accounting's own rounding (a test compares the two accountings).
 
     Args:
         values: Any shape, integer type.
@@ -142,8 +144,8 @@ def discrete_gaussian(values: np.ndarray, scale: float) -> np.ndarray:
     _check_scale(scale)
     dp.enable_features("contrib")
     space = dp.vector_domain(dp.atom_domain(T="i64")), dp.l2_distance(T="f64")
-    noisy = dp.m.make_gaussian(*space, scale=float(scale))(values.ravel().tolist())
-    return np.array(noisy, dtype=np.int64).reshape(values.shape)
+    fine = dp.m.make_gaussian(*space, scale=float(scale) * LATTICE)((values * LATTICE).ravel().tolist())
+    return np.rint(np.array(fine, dtype=np.int64) / LATTICE).astype(np.int64).reshape(values.shape)
 
 
 def discrete_laplace(value: int, scale: float) -> int:

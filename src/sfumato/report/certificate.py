@@ -195,8 +195,8 @@ def _pld(events: Sequence[DpEvent], claimed: float, relation: str = "ADD_OR_REMO
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.privacy_accountant import NeighboringRelation
 
-    # Above epsilon 100 a finer grid costs minutes; a coarser one still gives an upper bound.
-    accountant = PLDAccountant(NeighboringRelation[relation], 1e-4 * max(1.0, claimed / 100))
+    # Above epsilon 20 a finer grid costs minutes; a coarser one still gives an upper bound.
+    accountant = PLDAccountant(NeighboringRelation[relation], 1e-4 * max(1.0, claimed / 20))
     for event in events:
         accountant.compose(event)
     return accountant
