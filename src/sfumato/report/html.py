@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 DISPLAY_PIXELS = 48  # side of one picture on the page
 IMAGES_A_LABEL = 10
 LABELS_SHOWN = 40
-CLASSES_SHOWN = 96
+CLASSES_SHOWN = 52  # as many as fit across the page; all that were chosen are shown in any case
 
 
 def release_report(facts: ReleaseFacts) -> str:
@@ -35,10 +35,13 @@ def internal_report(facts: ReleaseFacts, owner: OwnerFacts) -> str:
     gallery = []
     if owner.private_examples is not None and len(owner.private_examples):
         count = min(len(owner.private_examples), len(facts.sample_images), 40)
-        spread = np.linspace(0, len(facts.sample_images) - 1, count).round().astype(int)
+        real, made = (
+            images[np.linspace(0, len(images) - 1, count).round().astype(int)]
+            for images in (np.asarray(owner.private_examples), facts.sample_images)
+        )
         gallery = [
-            ("real", sheet(owner.private_examples[:count])),
-            ("synthetic, this release", sheet(facts.sample_images[spread])),
+            ("real", sheet(real)),
+            ("synthetic, this release", sheet(made)),
         ]
     own = {
         "holdout": owner.holdout_description,
@@ -250,7 +253,7 @@ def _histogram(facts: ReleaseFacts) -> dict[str, Any] | None:
     selected = [set(classes) for classes in facts.selection or [[] for _ in range(len(values))]]
     named = {name for classes in selected for name in classes}
     weight = np.where([name in named for name in names], np.inf, values.max(axis=0, initial=-np.inf))
-    columns = np.sort(np.argsort(-weight, kind="stable")[:CLASSES_SHOWN])
+    columns = np.sort(np.argsort(-weight, kind="stable")[: max(CLASSES_SHOWN, len(named))])
     largest = np.maximum(values.max(axis=1, initial=0.0), 1e-9)
     side = 18
     cells = [
