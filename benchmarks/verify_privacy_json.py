@@ -2,8 +2,8 @@
 
     python benchmarks/verify_privacy_json.py runs/demo/release [more ...]
 
-For each reservation: the claim, epsilon by privacy loss distributions (PLD) and by Renyi DP (RDP), for adding or
-removing one unit. Exit status 1 when a claim differs from its events, or the sums differ from the totals.
+For each reservation: the claim, epsilon by privacy loss distributions (PLD) and by Renyi DP (RDP), for adding
+or removing one unit. Exit status 1 when a claim differs from its events, or the sums differ from the totals.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def check(file: Path) -> bool:
         tolerance = (1e-6 if part["epsilon"] <= 20 else 2e-3) * max(part["epsilon"], 1e-3)
         same = abs(pld - part["epsilon"]) <= tolerance
         print(
-            f"  {part['label'][:22]:<24}{part['delta']:>10.3g}{part['epsilon']:>12.6f}{pld:>12.6f}{rdp:>12.6f}"
+            f"  {part['label'][:22]:<24}{part['delta']:>10.3g}{part['epsilon']:>12.6f}"
+            + f"{pld:>12.6f}{rdp:>12.6f}"
             + ("" if same else "   MISMATCH")
         )
         good, pld_total, rdp_total = good and same, pld_total + pld, rdp_total + rdp

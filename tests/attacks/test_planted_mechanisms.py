@@ -7,6 +7,7 @@ bound above the claim proves a bug. Confidence is such that a correct mechanism 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -135,7 +136,7 @@ def test_a_sensitivity_far_too_small(monkeypatch, name):
 
 
 def noise_std(name: str) -> float:
-    """Standard deviation of the noise, over the L2 sensitivity the mechanism must have: its true multiplier."""
+    """Standard deviation of the noise over the L2 sensitivity that must be: its true multiplier."""
     names = tuple(str(i) for i in range(500))
     private = protected([0, 1])
     private.label_names = names
@@ -218,9 +219,11 @@ def test_begin_skipped(ledger, monkeypatch):
 
 def test_a_query_not_charged(ledger, monkeypatch):
     real = Reservation.begin
-    quiet = lambda self, mechanism, event: (
-        None if mechanism == "semantic_histogram" else real(self, mechanism, event)
-    )  # noqa: E731
+
+    def quiet(self: Reservation, mechanism: str, event: Any) -> None:
+        if mechanism != "semantic_histogram":
+            real(self, mechanism, event)
+
     monkeypatch.setattr(Reservation, "begin", quiet)
     assert not charged_as_returned(ledger)
 
@@ -228,10 +231,10 @@ def test_a_query_not_charged(ledger, monkeypatch):
 def test_another_event_accounted_than_run(ledger, monkeypatch):
     """The published bug: noise 2 is used, 484 is accounted."""
     real = mechanisms.label_histogram
-    swapped = lambda private, noise, reservation: (
-        real(private, noise, reservation)[0],
-        GaussianDpEvent(484.0),
-    )  # noqa: E731
+
+    def swapped(private: Any, noise: float, reservation: Any) -> Any:
+        return real(private, noise, reservation)[0], GaussianDpEvent(484.0)
+
     monkeypatch.setattr(mechanisms, "label_histogram", swapped)
     assert not charged_as_returned(ledger)
 
@@ -256,10 +259,8 @@ def test_an_error_of_the_ledger_swallowed(ledger, monkeypatch):
     real = Reservation.begin
 
     def careless(self: Reservation, mechanism: str, event: Any) -> None:
-        try:
+        with contextlib.suppress(Exception):
             real(self, mechanism, event)
-        except Exception:
-            pass
 
     monkeypatch.setattr(Reservation, "begin", careless)
     assert not nothing_leaves_unrecorded(ledger)

@@ -33,7 +33,7 @@ def steps(q: float, noise: float, count: int) -> DpEvent:
 
 
 def analytic_gaussian(noise: float, delta: float, sensitivity: float = 1.0) -> float:
-    """Balle and Wang 2018, theorem 8: delta(eps) = Phi(a/2 - eps/a) - exp(eps) Phi(-a/2 - eps/a), a = s/sigma."""
+    """Balle and Wang 2018, theorem 8: delta = Phi(a/2 - e/a) - exp(e) Phi(-a/2 - e/a), a = s/sigma."""
     a = sensitivity / noise
 
     def gap(epsilon: float) -> float:
@@ -111,7 +111,12 @@ def test_group_privacy_is_used_where_no_replace_one_distribution_exists():
         accountant.compose(event)
     assert (1 + math.exp(half)) * accountant.get_delta(half) <= delta * (1 + 1e-9)
     # The exact value has sensitivities 2: the bound must not fall below it.
-    truth = PLDAccountant().compose(DiscreteLaplaceDpEvent(0.1, 2)).compose(GaussianDpEvent(10.0)).get_epsilon(delta)
+    truth = (
+        PLDAccountant()
+        .compose(DiscreteLaplaceDpEvent(0.1, 2))
+        .compose(GaussianDpEvent(10.0))
+        .get_epsilon(delta)
+    )
     assert truth <= replaced < 2 * truth
 
 
@@ -129,7 +134,9 @@ def test_edges(relation, accountant):
     assert epsilon(GaussianDpEvent(1.0), 0) == math.inf
     assert epsilon(steps(0.5, 1.0, 0)) == epsilon(NoOpDpEvent()) == epsilon(steps(0.0, 1.0, 99)) == 0
     assert epsilon(SelfComposedDpEvent(GaussianDpEvent(0.0), 0)) == 0
-    assert epsilon(steps(1.0, 5.0, 9)) == pytest.approx(epsilon(SelfComposedDpEvent(GaussianDpEvent(5.0), 9)), rel=1e-6)
+    assert epsilon(steps(1.0, 5.0, 9)) == pytest.approx(
+        epsilon(SelfComposedDpEvent(GaussianDpEvent(5.0), 9)), rel=1e-6
+    )
     assert 0 <= epsilon(GaussianDpEvent(1e7)) < 0.01
     assert epsilon_of([], 0) == 0
 

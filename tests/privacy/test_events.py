@@ -113,7 +113,11 @@ def test_same_event_is_equality(first, second):
 
 
 def test_canonical_text_does_not_depend_on_the_order_of_keys():
-    assert canonical({"b": 1, "a": [1.5, None]}) == canonical({"a": [1.5, None], "b": 1}) == '{"a":[1.5,null],"b":1}'
+    assert (
+        canonical({"b": 1, "a": [1.5, None]})
+        == canonical({"a": [1.5, None], "b": 1})
+        == '{"a":[1.5,null],"b":1}'
+    )
     with pytest.raises(ValueError):
         canonical(math.nan)
 

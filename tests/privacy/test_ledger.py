@@ -333,8 +333,10 @@ def rehashed(file: Path) -> None:
 
 
 TAMPERINGS = {
-    "an edited epsilon": ["UPDATE sfumato_entries SET body = replace(body, '\"epsilon\":0.25', '\"epsilon\":0.05')"],
-    "an edited total": ["UPDATE sfumato_entries SET body = replace(body, '\"epsilon\":8.0', '\"epsilon\":80.0')"],
+    "an edited epsilon": ["UPDATE sfumato_entries SET body = "
+        "replace(body, '\"epsilon\":0.25', '\"epsilon\":0.05')"],
+    "an edited total": ["UPDATE sfumato_entries SET body = "
+        "replace(body, '\"epsilon\":8.0', '\"epsilon\":80.0')"],
     "a deleted row in the middle": ["DELETE FROM sfumato_entries WHERE seq = 3"],
     "a deleted last row": ["DELETE FROM sfumato_entries WHERE seq = 6"],
     "rows in another order": [
@@ -346,7 +348,8 @@ TAMPERINGS = {
         "DELETE FROM sfumato_entries WHERE seq = 3",
         "UPDATE sfumato_entries SET seq = seq - 1 WHERE seq > 3",
     ],
-    "begun work undone": ["UPDATE sfumato_reservations SET state = replace(state, '\"dp_sgd\":5', '\"dp_sgd\":0')"],
+    "begun work undone": ["UPDATE sfumato_reservations SET state = "
+        "replace(state, '\"dp_sgd\":5', '\"dp_sgd\":0')"],
     "a reservation removed": ["DELETE FROM sfumato_reservations WHERE key IS NULL"],
     "a key removed": ["UPDATE sfumato_reservations SET key = NULL"],
     "another head": ["UPDATE sfumato_meta SET head = 'abc'"],

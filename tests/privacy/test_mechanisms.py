@@ -1,4 +1,4 @@
-"""Mechanisms: exact sums and their sensitivity, noise, order of work, and what is refused before anything is spent."""
+"""Mechanisms: exact sums and their sensitivity, noise, order of work, refusals before anything is spent."""
 
 from __future__ import annotations
 
@@ -302,7 +302,9 @@ def test_the_discrete_gaussian_costs_what_its_certificate_states(noise, top_k):
         noise * math.sqrt(top_k) * LATTICE, sensitivity=LATTICE, value_discretization_interval=grid
     )
     discrete = one.self_compose(top_k).get_epsilon_for_delta(1e-5)
-    assert discrete == pytest.approx(epsilon_of([GaussianDpEvent(noise)], 1e-5), abs=(top_k + 1) * grid + 1e-4)
+    assert discrete == pytest.approx(
+        epsilon_of([GaussianDpEvent(noise)], 1e-5), abs=(top_k + 1) * grid + 1e-4
+    )
 
 
 # --- what is refused before anything is spent

@@ -147,7 +147,10 @@ TAMPERINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "total epsilon, larger": lambda c: c.update(epsilon=c["epsilon"] * 1.01),
     "total delta": lambda c: c.update(delta=1e-6),
     "epsilon of a reservation": lambda c: reservation(c).update(epsilon=0.5),
-    "both epsilons": lambda c: (c.update(epsilon=c["epsilon"] - 0.01), reservation(c).update(epsilon=reservation(c)["epsilon"] - 0.01)),
+    "both epsilons": lambda c: (
+        c.update(epsilon=c["epsilon"] - 0.01),
+        reservation(c).update(epsilon=reservation(c)["epsilon"] - 0.01),
+    ),
     "delta of a reservation": lambda c: reservation(c).update(delta=4e-6),
     "query noise": lambda c: event(c, 0).update(noise_multiplier=484.0),
     "number of steps": lambda c: event(c, 1).update(count=59),

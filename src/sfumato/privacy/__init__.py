@@ -1,1 +1,1 @@
-"""Every guarantee is made here and only here: budget, accounting, ledger, noise, sampling, mechanisms, DP-SGD."""
+"""Every guarantee is made here and only here: budget, accounting, ledger, noise, mechanisms, DP-SGD."""

@@ -260,7 +260,7 @@ def _quick_rdp(events: Sequence[DpEvent], delta: float) -> float:
 
 
 def _two_steps(epsilon: Callable[[float], float], delta: float) -> float:
-    """Replace-one as remove-one, add-one: 2 e(d') at the largest d' found with (1 + exp(e(d'))) d' <= delta."""
+    """Replace-one in two steps: 2 e(d') for the largest d' found with (1 + exp(e(d'))) d' <= delta."""
     if delta == 0:
         return 2 * epsilon(0.0)
     best, low, high = math.inf, math.log(delta) - 200.0, math.log(delta / 2)

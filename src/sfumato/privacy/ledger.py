@@ -5,10 +5,10 @@ unit of work starts, before any value computed from private data leaves the mech
 
 What composes how. Inside a reservation all parameters are fixed when it is made, so its events compose by
 privacy loss distribution. Across reservations parameters may depend on anything released before, so their
-(epsilon, delta) add: basic composition is a valid filter under full adaptivity (Rogers et al. 2016, theorem
-3.6; Whitehouse et al. 2023). Work that never began is given back only if the decision to stop did not depend on
-this reservation's own outputs; otherwise the price at a data-dependent stopping point would be an odometer,
-which PLD composition is not.
+(epsilon, delta) add: basic composition is a valid filter under full adaptivity (Rogers et al. 2016;
+Whitehouse et al. 2023). Work that never began is given back only if the decision to stop did not depend
+on this reservation's own outputs; otherwise the price at a data-dependent stopping point would be an
+odometer, which PLD composition is not.
 
 Sums are exact (rational arithmetic). A reservation fits when the sum stays within `total` times (1 + 1e-9):
 splitting a budget in floating point must not be refused for the last bit. What is spent is recorded and
@@ -112,9 +112,9 @@ class Ledger:
         recorded = ledger.total
         if total is not None and (total.epsilon, total.delta) != (recorded.epsilon, recorded.delta):
             raise LedgerError(
-                f"{shown} was created for a total of epsilon {recorded.epsilon:g}, delta {recorded.delta:g}, not "
-                f"epsilon {total.epsilon:g}, delta {total.delta:g}; no budget was spent. The total is fixed at "
-                "creation: open the ledger without one, or use another file if this is another data set"
+                f"{shown} was created for a total of epsilon {recorded.epsilon:g}, delta {recorded.delta:g}, "
+                f"not epsilon {total.epsilon:g}, delta {total.delta:g}; no budget was spent. The total is "
+                "fixed at creation: open the ledger without one, or use another file for another data set"
             )
         return ledger
 
@@ -217,8 +217,9 @@ class Ledger:
         left = self.remaining
         raise BudgetError(
             f"{label} would cost epsilon {epsilon:.6g} at delta {delta:g}, but {self._where} has epsilon "
-            f"{left.epsilon:.6g}, delta {left.delta:g} left of epsilon {total.epsilon:g}, delta {total.delta:g}; no "
-            "budget was spent. Ask for a smaller epsilon and delta; `sfumato ledger show` lists what was spent"
+            f"{left.epsilon:.6g}, delta {left.delta:g} left of epsilon {total.epsilon:g}, delta "
+            f"{total.delta:g}; no budget was spent. Ask for less; `sfumato "
+            "ledger show` lists what was spent"
         )
 
     def bind(self, fingerprint: str) -> bool:
@@ -283,8 +284,8 @@ class Ledger:
         state = json.loads(row.state)
         if canonical(state["planned"]) != canonical(plan) or state["delta"] != delta:
             raise LedgerError(
-                f"the run {key!r} was reserved with other parameters; no budget was spent. Run it with the options it "
-                "was started with, or choose another output folder for a new run"
+                f"the run {key!r} was reserved with other parameters; no budget was spent. Run it with the "
+                "options it was started with, or choose another output folder for a new run"
             )
         return Reservation(self, row.id)
 
@@ -361,13 +362,13 @@ class Reservation:
             plan = next(p for p in state["planned"] if p["mechanism"] == mechanism)
             if not same_event(event, event_from_json(plan["event"])):
                 raise LedgerError(
-                    f"{label}: {mechanism} is not what was reserved ({canonical(event_to_json(event))} instead of "
-                    f"{canonical(plan['event'])}); it did not begin and nothing was released"
+                    f"{label}: {mechanism} is not what was reserved ({canonical(event_to_json(event))} "
+                    f"instead of {canonical(plan['event'])}); it did not begin and nothing was released"
                 )
             if isinstance(units, bool) or units < 1 or begun + units > plan["count"]:
                 raise LedgerError(
-                    f"{label}: {mechanism} has begun {begun} of {plan['count']} reserved units, {units} more cannot "
-                    "begin; nothing was released. Reserve more for a new run"
+                    f"{label}: {mechanism} has begun {begun} of {plan['count']} reserved units, {units} more "
+                    "cannot begin; nothing was released. Reserve more for a new run"
                 )
             state["begun"][mechanism] = begun + units
             append(
@@ -381,9 +382,9 @@ class Reservation:
         """Closes the reservation; nothing more can begin. Settling again changes nothing.
 
         If nothing began, everything is given back. If everything began, the full price stays. In between,
-        unbegun work is given back only with `outputs_unseen=True`, the caller's word that the decision to stop
-        did not depend on anything this reservation released (a fixed deadline, a crash); otherwise the full
-        price stays.
+        unbegun work is given back only with `outputs_unseen=True`, the caller's word that the decision to
+        stop did not depend on anything this reservation released (a fixed deadline, a crash); otherwise the
+        full price stays.
         """
         state = self._state()
         if state["status"] != "open":

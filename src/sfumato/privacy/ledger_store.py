@@ -1,7 +1,7 @@
-"""How a ledger is stored: three tables in any SQLAlchemy database, serialised durable transactions, a hash chain.
+"""How a ledger is stored: three tables, serialised durable transactions, a chain of hashes.
 
-SQLite: one writer at a time (BEGIN IMMEDIATE), synchronous=EXTRA, so that a committed charge survives a power cut.
-PostgreSQL: writers queue for a lock on the single row of the meta table.
+SQLite: one writer at a time (BEGIN IMMEDIATE), synchronous=EXTRA, so that a committed charge survives a power
+cut. PostgreSQL: writers queue for a lock on the single row of the meta table.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ NO_HASH = "0" * 64
 _tables = sql.MetaData()
 META = sql.Table(
     "sfumato_meta", _tables,
-    sql.Column("id", sql.Integer, primary_key=True), sql.Column("format", sql.Text), sql.Column("rows", sql.Integer),
+    sql.Column("id", sql.Integer, primary_key=True),
+    sql.Column("format", sql.Text), sql.Column("rows", sql.Integer),
     sql.Column("head", sql.Text), sql.Column("bound", sql.Text),
 )  # fmt: skip
 ENTRIES = sql.Table(
     "sfumato_entries", _tables,
-    sql.Column("seq", sql.Integer, primary_key=True, autoincrement=False), sql.Column("body", sql.Text, nullable=False),
+    sql.Column("seq", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("body", sql.Text, nullable=False),
     sql.Column("hash", sql.Text, nullable=False),
 )  # fmt: skip
 CHARGES = sql.Table(  # the present state of each reservation; `verify` derives it again from the entries
@@ -138,7 +140,7 @@ def make_engine(url: sql.URL) -> sql.Engine:
 
 
 def create_file(file: Path, total: Budget, name: str) -> None:
-    """Writes a new ledger aside and links it into place: a ledger is never seen half made, nor overwritten."""
+    """Writes a new ledger aside and links it into place: never seen half made, never overwritten."""
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,7 @@ def create_file(file: Path, total: Budget, name: str) -> None:
             os.close(directory)
     except OSError as error:
         raise LedgerError(
-            f"{file} cannot be created ({error.strerror}); no budget was spent. Choose a folder you may write to"
+            f"{file} cannot be created ({error.strerror}); no budget was spent. Choose another folder"
         ) from error
 
 

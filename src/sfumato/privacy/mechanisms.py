@@ -1,12 +1,12 @@
 """One-shot mechanisms: a count, two histograms, mean images. Each returns a value and the event it cost.
 
-Guarantees are for one unit of the protected images, by add-or-remove-one. All share one order of work: look at
-everything that can fail; compute the exact sum; `reservation.begin`, durable; draw the noise; return. A process
-killed before `begin` has spent nothing, one killed after it has spent the event, and nothing but the noisy
-value leaves. `begin` refuses an event that is not the reserved one.
+Guarantees are for one unit of the protected images, by add-or-remove-one. All share one order of work: look
+at everything that can fail; compute the exact sum; `reservation.begin`, durable; draw the noise; return. A
+process killed before `begin` has spent nothing, one killed after it has spent the event, and nothing but the
+noisy value leaves. `begin` refuses an event that is not the reserved one.
 
-A unit of several images contributes one image, drawn uniformly, to a histogram (so that its sensitivity is that
-of an image), and the average over its images to mean images.
+A unit of several images contributes one image, drawn uniformly, to a histogram (so that its sensitivity is
+that of an image), and the average over its images to mean images.
 
 Histograms and the count use exact discrete noise. The discrete Gaussian is stated as the continuous event of
 the same multiplier; it costs no more than that beyond the accounting's own rounding (a test compares them).
@@ -93,7 +93,7 @@ def semantic_histogram(
     reservation: Reservation,
     batch_size: int = 512,
 ) -> tuple[np.ndarray, DpEvent]:
-    """Which public classes the private images resemble (PrivImage, arXiv 2311.12850, section 4.1).
+    """Which public classes the private images resemble (PrivImage, arXiv 2311.12850).
 
     A unit with label y adds 1 to its `top_k` highest-scoring classes in row y, each class once; every cell
     then gets discrete Gaussian noise of scale noise_multiplier * sqrt(top_k).
@@ -154,9 +154,9 @@ def mean_images(
 
     Each unit goes to one of `per_label` groups at random. Its vector is the average over its images of
     one_hot(label) x (image / 127.5 - 1 - center), over all labels jointly, clipped to L2 norm `clip_norm` and
-    added to its group. The sums get Gaussian noise of standard deviation noise_multiplier * clip_norm once and
-    are divided by a public number of units per label and group; `center` is added back and the result cut to
-    [-1, 1], which is post-processing.
+    added to its group. The sums get Gaussian noise of standard deviation noise_multiplier * clip_norm once
+    and are divided by a public number of units per label and group; `center` is added back and the result cut
+    to [-1, 1], which is post-processing.
 
     Guarantee: Gaussian event of `noise_multiplier`; one unit changes the sums by at most clip_norm in L2.
 
@@ -165,8 +165,8 @@ def mean_images(
         public_size: Public number of units (declared, or a DP count), never the true one. Divisor:
             public_size / (L m), as if labels were equally frequent.
         center: Public value, or array [H, W, C] or [L, 1, H, W, C], in [-1, 1] that is subtracted first and
-            added back, e.g. the mean of public images. The closer to the private images, the less the clipping
-            bites.
+            added back, e.g. the mean of public images. The closer to the private images, the less the
+            clipping bites.
         label_counts: Public units per label [L], e.g. a released label histogram; replaces public_size / L.
 
     Returns:

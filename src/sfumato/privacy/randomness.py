@@ -3,9 +3,9 @@
 There is no way to pass a seed, and none is ever stored: noise that can be drawn again is no noise.
 
 **Floating-point stance.** Histograms and counts use OpenDP's exact discrete samplers: their guarantee holds
-to the last bit. The vector noise of DP-SGD and of mean images is a continuous Gaussian computed in float64 from
-53-bit uniforms (Box-Muller) and added to a float sum. This is the stance of every DP-SGD library; what it
-leaves open is (a) the accounting treats the noise as real-valued, while the released floats lie on a grid,
+to the last bit. The vector noise of DP-SGD and of mean images is a continuous Gaussian computed in float64
+from 53-bit uniforms (Box-Muller) and added to a float sum. This is the stance of every DP-SGD library; what
+it leaves open is (a) the accounting treats the noise as real-valued, while the released floats lie on a grid,
 an attack surface for somebody who sees the un-rounded sums (Mironov 2012), and (b) tails end at
 sqrt(-2 ln 2^-53) = 8.57 standard deviations, where the true Gaussian has 1e-17 of its mass, far below any
 delta used. Released values are rounded to float32 after the noise, which is post-processing.
@@ -126,9 +126,9 @@ def discrete_gaussian(values: np.ndarray, scale: float) -> np.ndarray:
     """Adds exact discrete Gaussian noise to each integer (OpenDP; Canonne, Kamath and Steinke 2020).
 
     The noise lives on a lattice of 1/1024, and the sum is rounded to a whole number afterwards, which is
-    post-processing. On the integers themselves the noise would cost up to 0.2 % more epsilon than the continuous
-    Gaussian event of the same multiplier when the scale is small; on this lattice the two agree to within the
-    accounting's own rounding (a test compares the two accountings).
+    post-processing. On the integers themselves the noise would cost up to 0.2 % more epsilon than the
+    continuous Gaussian event of the same multiplier when the scale is small; on this lattice the two agree to
+    within the accounting's own rounding (a test compares the two accountings).
 
     Args:
         values: Any shape, integer type.

@@ -1,8 +1,9 @@
 """privacy.json: what a release cost, in events that anybody can account for again.
 
 The certificate states mechanisms, not measurements: no seed, no private count, no value computed from private
-data. `verify_certificate` recomputes every figure with dp-accounting alone; only the parsing of events is shared
-with the code that made the claim. `benchmarks/verify_privacy_json.py` does the same without this package.
+data. `verify_certificate` recomputes every figure with dp-accounting alone; only the parsing of events is
+shared with the code that made the claim. `benchmarks/verify_privacy_json.py` does the same without this
+package.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def certificate(
         public_size: Declared or DP-counted number of units, never the true one.
         budget: What the run was allowed, None for a run without private data.
         software: Versions, by name.
-        ledger_head: Head of the ledger when the release was made ("" without one): it is proof, later, that the
-            ledger still holds these charges.
+        ledger_head: Head of the ledger when the release was made ("" without one): it is proof, later, that
+            the ledger still holds these charges.
 
     Returns:
         A JSON object. `epsilon` and `delta` are the sums over reservations; `epsilon_rdp` and
@@ -104,11 +105,11 @@ def statement(certificate: Mapping[str, Any]) -> str:
     """The guarantee in one sentence; epsilon is rounded up."""
     unit = UNITS.get(certificate["unit"], certificate["unit"])
     if not certificate["reservations"]:
-        return f"This release was made without the private images, so it reveals nothing about any {unit} of them."
+        return f"This release was made without the private images; it reveals nothing about any {unit}."
     relation = RELATIONS.get(certificate["relation"], certificate["relation"])
     return (
-        f"This release is (ε = {claim(certificate['epsilon'])}, δ = {certificate['delta']:.2g})-differentially "
-        f"private with respect to {relation} {unit}; the set of labels is taken as public."
+        f"This release is (ε = {claim(certificate['epsilon'])}, δ = {certificate['delta']:.2g})-"
+        f"differentially private with respect to {relation} {unit}; the set of labels is taken as public."
     )
 
 
@@ -138,8 +139,8 @@ class Verification:
 def verify_certificate(certificate: Any) -> Verification:
     """Recomputes every figure of a certificate from its events, with dp-accounting.
 
-    It shows that the figures follow from the events. That these events were all that happened is for the ledger
-    to show, `Ledger.verify(head)`.
+    It shows that the figures follow from the events. That these events were all that happened is for the
+    ledger to show, `Ledger.verify(head)`.
     """
     unknown = Verification(math.nan, math.nan, math.nan, math.nan, [])
     if not isinstance(certificate, dict) or certificate.get("format") != FORMAT:
@@ -231,7 +232,8 @@ def _rdp(events: Sequence[DpEvent]) -> Any:
 def _replace_one_holds(bounds: Sequence[tuple[list[DpEvent], float]], claimed: float) -> bool:
     """Whether the replace-one epsilons of the reservations add up to at most `claimed`, each proven.
 
-    Directly by PLD, else by group privacy over two steps: 2e holds at delta if (1 + exp(e)) delta(e) <= delta.
+    Directly by PLD, else by group privacy over two steps: 2e holds at delta if (1 + exp(e)) delta(e) <=
+    delta.
     """
     left = claimed * (1 + 1e-6) + 1e-9
     indirect: list[tuple[list[DpEvent], float]] = []
