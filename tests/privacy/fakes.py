@@ -53,14 +53,14 @@ def row_loss(call, rows) -> Tensor:
 
 
 def plan(**changes) -> DPSGDPlan:
-    settings = dict(
-        sampling_probability=0.5,
-        steps=6,
-        noise_multiplier=1.0,
-        clip_norm=0.1,
-        rows_per_unit=2,
-        expected_batch=10.0,
-    )
+    settings = {
+        "sampling_probability": 0.5,
+        "steps": 6,
+        "noise_multiplier": 1.0,
+        "clip_norm": 0.1,
+        "rows_per_unit": 2,
+        "expected_batch": 10.0,
+    }
     return DPSGDPlan(**(settings | changes))  # type: ignore[arg-type]
 
 

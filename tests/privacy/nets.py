@@ -10,19 +10,19 @@ from torch import Tensor, nn
 def unet(*, attention: bool = False, labels: int | None = 5, size: int = 8, **more) -> UNet2DModel:
     torch.manual_seed(0)
     last = "Attn" if attention else ""
-    settings = dict(
-        sample_size=size,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", f"{last}DownBlock2D"),
-        up_block_types=(f"{last}UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=labels,
-        add_attention=attention,
-        attention_head_dim=4,
-    )
+    settings = {
+        "sample_size": size,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", f"{last}DownBlock2D"),
+        "up_block_types": (f"{last}UpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "num_class_embeds": labels,
+        "add_attention": attention,
+        "attention_head_dim": 4,
+    }
     net = UNet2DModel(**(settings | more))
     with torch.no_grad():  # no layer at zero, so that nothing hides
         for parameter in net.parameters():
@@ -52,7 +52,7 @@ def unlabelled_loss(call, rows) -> Tensor:
 
 
 class Mixed(nn.Module):
-    """Every layer the fast engine knows, a reused layer, an in-place activation, odd strides, pads, dilation."""
+    """Every layer the fast engine knows, a reused one, an in-place activation, odd strides and pads."""
 
     def __init__(self, groups: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The clipped sum keeps its promise: sensitivity, empty batches, order, physical batches, broken units, noise."""
+"""The clipped sum keeps its promise: sensitivity, empty batches, order, broken units, noise."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_unit_without_a_finite_gradient_contributes_nothing(engine, broken, ph
 
 
 def test_rows_of_a_unit_are_averaged_before_the_clip():
-    """K copies of a row give the same clipped gradient as one; clipping rows would let a unit count K times."""
+    """K copies of a row give the same clipped gradient as one: rows are not clipped one by one."""
     net, rows = Mixed(), mixed_rows(3, 1)
     copies = {k: v.expand(v.shape[0], 4, *v.shape[2:]) for k, v in rows.items()}
     one, four = total(net, rows, 1e-3), total(net, copies, 1e-3)

@@ -212,8 +212,8 @@ module.SECONDS_BETWEEN_CHECKPOINTS = -1.0
 folder = Path({folder!r})
 chosen = plan(steps=100000); net = Net()
 print("started", flush=True)
-module.dp_sgd(net, FakePrivate(20), chosen, reservation(folder, chosen), make_rows=make_rows, row_loss=row_loss,
-    optimizer=torch.optim.Adam(net.parameters()), checkpoint_dir=folder)
+module.dp_sgd(net, FakePrivate(20), chosen, reservation(folder, chosen), make_rows=make_rows,
+    row_loss=row_loss, optimizer=torch.optim.Adam(net.parameters()), checkpoint_dir=folder)
 """
 
 
