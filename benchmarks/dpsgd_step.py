@@ -103,8 +103,8 @@ def measure(engine: str, model: str, per_unit: int, quick: bool, threads: int) -
     torch.set_num_threads(threads)
     net, units = network(MODELS[model]), ROWS[quick] // per_unit
     rows, few = random_rows(units, per_unit), random_rows(3, per_unit)
-    theirs = Opacus(net, engine) if engine.startswith("opacus") else None
     physical = units_at_once(net, row_loss, rows)
+    theirs = Opacus(net, engine) if engine.startswith("opacus") else None
 
     def step() -> None:
         if engine == "plain":
@@ -134,7 +134,8 @@ def measure(engine: str, model: str, per_unit: int, quick: bool, threads: int) -
         error = largest_error(found, right)
     return {
         "engine": engine, "model": model, "dtype": "float32", "K": per_unit, "threads": threads,
-        "rows_per_s": round(units * per_unit / min(seconds), 1), "peak_mb": round(peak - idle), "rel_error": error,
+        "rows_per_s": round(units * per_unit / min(seconds), 1), "peak_mb": round(peak - idle),
+        "rel_error": error,
     }  # fmt: skip
 
 
