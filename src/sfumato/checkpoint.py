@@ -28,7 +28,8 @@ class Averaged(Protocol):
 
 
 class WeightAverage:
-    """Exponential moving average of the trainable weights with warm-up: decay_t = min(decay, (1 + t) / (10 + t)).
+    """Exponential moving average of the trainable weights with warm-up: decay_t = min(decay, (1 + t) / (10 +
+    t)).
 
     Post-processing of released weights, hence free.
     """
@@ -127,7 +128,9 @@ def load_checkpoint(
         raise InputError(
             f"{path}: this checkpoint belongs to another run; no budget was spent; choose another --out or delete it"
         )
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in saved["plain"].items()}
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(entries) for index, entries in saved["plain"].items()
+    }
     for name, value in tensors.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer":

@@ -50,7 +50,9 @@ def test_noise_levels_are_log_normal():
 def test_rows_do_not_interact():
     edm, net = EDM(), unet("tiny", size=(8, 8), channels=1, num_labels=3)
     generator = torch.Generator().manual_seed(0)
-    rows = edm.rows(torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]), generator, no_label=3, label_dropout=0)
+    rows = edm.rows(
+        torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1]), generator, no_label=3, label_dropout=0
+    )
     before = edm.row_loss(net, rows)
     rows["x"] = rows["x"].clone()
     rows["x"][2] += 1.0
@@ -62,7 +64,11 @@ def test_rows_do_not_interact():
 def test_label_dropout_replaces_labels_by_the_null_label_at_its_rate():
     generator = torch.Generator().manual_seed(0)
     rows = EDM().rows(
-        torch.zeros(20_000, 1, 2, 2), torch.zeros(20_000, dtype=torch.long), generator, no_label=7, label_dropout=0.1
+        torch.zeros(20_000, 1, 2, 2),
+        torch.zeros(20_000, dtype=torch.long),
+        generator,
+        no_label=7,
+        label_dropout=0.1,
     )
     dropped = (rows["labels"] == 7).double().mean().item()
     assert dropped == pytest.approx(0.1, abs=5 * math.sqrt(0.09 / 20_000))

@@ -71,7 +71,9 @@ def test_time_limit_ends_training():
 def test_weights_decide_what_is_drawn():
     net = network()
     weights = np.where(LABELS == 0, 1.0, 0.0)
-    train(net, IMAGES, LABELS, TrainingPlan(steps=150, batch=8), edm=EDM(), no_label=2, seed=0, weights=weights)
+    train(
+        net, IMAGES, LABELS, TrainingPlan(steps=150, batch=8), edm=EDM(), no_label=2, seed=0, weights=weights
+    )
     x = torch.zeros(1, 1, 8, 8)
     clean = EDM().denoise(net, x, torch.tensor([5.0]), torch.tensor([2]))
     assert clean.mean().item() < -0.7  # only the black images were ever seen

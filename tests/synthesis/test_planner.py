@@ -24,7 +24,9 @@ def plan(**given):
 @pytest.mark.parametrize("method", ["privimage", "dpdm"])
 @pytest.mark.parametrize("epsilon", [0.5, 8.0])
 def test_the_planned_events_cost_at_most_the_budget_and_nearly_all_of_it(method, epsilon):
-    made = plan(method=method, budget=Budget(epsilon, 1e-5), preset=replace(PRESETS["demo"], means_per_label=2))
+    made = plan(
+        method=method, budget=Budget(epsilon, 1e-5), preset=replace(PRESETS["demo"], means_per_label=2)
+    )
     cost = epsilon_of([planned.total for planned in made.events()], 1e-5)
     assert 0.98 * epsilon < cost <= epsilon
 
@@ -42,7 +44,10 @@ def test_time_buys_steps_then_noise_levels():
     assert long.noise_levels > short.noise_levels
     assert long.steps <= PRESETS["demo"].most_steps
     for made in (short, longer, long):
-        assert made.private_seconds <= 1.02 * made.sampling_probability * 4000 * made.steps * made.noise_levels / 400
+        assert (
+            made.private_seconds
+            <= 1.02 * made.sampling_probability * 4000 * made.steps * made.noise_levels / 400
+        )
 
 
 def test_many_units_in_little_time_shrink_the_batch_not_the_steps():

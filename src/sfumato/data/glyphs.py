@@ -8,7 +8,7 @@ seen a private image.
 from __future__ import annotations
 
 import string
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ def render_glyphs(
     return images, labels, class_names()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _skeletons(glyph: str) -> np.ndarray:
     """Centre lines of one glyph in every font that has it, bool [fonts, CANVAS, CANVAS]."""
     import matplotlib

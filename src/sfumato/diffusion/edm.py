@@ -1,8 +1,8 @@
 """What a diffusion model is here: the EDM denoiser and its loss (Karras et al. 2022, arXiv 2206.00364).
 
 Symbols follow the paper: x is a clean image, n unit Gaussian noise, sigma the noise level, F the raw network,
-D the preconditioned denoiser (eq. 7, table 1). Images are float tensors [R, C, H, W] in [-1, 1], sigma is [R],
-labels are int64 [R]; the last class index of a network stands for "no label".
+D the preconditioned denoiser (eq. 7, table 1). Images are float tensors [R, C, H, W] in [-1, 1], sigma is
+[R], labels are int64 [R]; the last class index of a network stands for "no label".
 """
 
 from __future__ import annotations
@@ -36,10 +36,18 @@ class EDM:
 
     def draw_sigma(self, rows: int, generator: torch.Generator) -> Tensor:
         """Noise levels with ln(sigma) ~ N(P_mean, P_std^2); [rows], on the generator's device."""
-        return (self.P_mean + self.P_std * torch.randn(rows, generator=generator, device=generator.device)).exp()
+        return (
+            self.P_mean + self.P_std * torch.randn(rows, generator=generator, device=generator.device)
+        ).exp()
 
     def rows(
-        self, images: Tensor, labels: Tensor, generator: torch.Generator, *, no_label: int, label_dropout: float
+        self,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        *,
+        no_label: int,
+        label_dropout: float,
     ) -> dict[str, Tensor]:
         """Training rows for `row_loss`: each image gets its own noise level, noise and label dropout."""
         device = generator.device

@@ -52,9 +52,7 @@ class Generator:
         """The class index that stands for "no label"."""
         return len(self.label_names)
 
-    def with_sampling(
-        self, *, sampler: Sampler | None = None, guidance: float | None = None
-    ) -> Generator:
+    def with_sampling(self, *, sampler: Sampler | None = None, guidance: float | None = None) -> Generator:
         """The same network drawn from in another way."""
         return replace(
             self, sampler=sampler or self.sampler, guidance=self.guidance if guidance is None else guidance
@@ -102,7 +100,8 @@ class Generator:
         return sample(denoise, shape, self.sampler, generator, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `diffusion_pytorch_model.safetensors` (diffusers' files), `scheduler/` and ours.
+        """Write `config.json`, `diffusion_pytorch_model.safetensors` (diffusers' files), `scheduler/` and
+        ours.
 
         Stock `UNet2DModel.from_pretrained(folder)` loads the network, `EDMEulerScheduler.from_pretrained(
         folder, subfolder="scheduler")` a matching scheduler.
@@ -171,4 +170,4 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def to_float(images: np.ndarray) -> Tensor:
     """uint8 [R, H, W, C] to float32 [R, C, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -75,7 +76,7 @@ def sample(
     def at(level: float) -> Tensor:
         return torch.full((shape[0],), level, device=device)
 
-    for level, following in zip(levels[:-1], levels[1:], strict=True):
+    for level, following in pairwise(levels):
         if sampler.kind == "churn" and sampler.S_min <= level <= sampler.S_max:
             raised = level * (1 + min(sampler.S_churn / sampler.steps, 2**0.5 - 1))
             fresh = torch.randn(shape, generator=generator).to(device) * sampler.S_noise

@@ -50,11 +50,12 @@ def train(
     description: str = "train",
     weights: np.ndarray | None = None,
 ) -> int:
-    """Train `network` in place on public images (uint8 [N, H, W, C], labels int64 [N]); returns the steps taken.
+    """Train `network` in place on public images (uint8 [N, H, W, C], labels int64 [N]); returns the steps
+    taken.
 
     At the end the network holds the moving average of its weights. `seed` is public randomness. With
-    `checkpoint` (a file), an interrupted call goes on where it stopped. `weights` [N]: how often each image is
-    drawn relative to the others.
+    `checkpoint` (a file), an interrupted call goes on where it stopped. `weights` [N]: how often each image
+    is drawn relative to the others.
     """
     if len(images) == 0:
         raise InputError(f"{description}: there are no images to train on")
@@ -93,7 +94,12 @@ def train(
             progress.advance(1, note=f"loss {loss.item():.3f}" if done % 20 == 0 else "")
             if checkpoint is not None and now - saved > SECONDS_BETWEEN_CHECKPOINTS:
                 save_checkpoint(
-                    checkpoint, network, optimizer, average, owner=description, about={"steps": done, "seconds": used}
+                    checkpoint,
+                    network,
+                    optimizer,
+                    average,
+                    owner=description,
+                    about={"steps": done, "seconds": used},
                 )
                 saved = now
     average.copy_to(network)

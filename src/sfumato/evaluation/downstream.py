@@ -71,7 +71,7 @@ def _small_cnn(channels: int, num_classes: int) -> nn.Module:
 
 
 def _as_input(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _shifted(images: torch.Tensor, order: np.random.Generator) -> torch.Tensor:

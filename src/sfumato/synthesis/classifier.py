@@ -38,7 +38,8 @@ def train_query(
     batch: int = 128,
     lr: float = 3e-3,
 ) -> nn.Module:
-    """Train the query function on public images (uint8 [N, H, W, C], labels int64 [N]), or load it from `saved`.
+    """Train the query function on public images (uint8 [N, H, W, C], labels int64 [N]), or load it from
+    `saved`.
 
     Returned in eval mode: each image is classified by itself, whatever else is in the batch, which the
     sensitivity of the semantic query relies on.

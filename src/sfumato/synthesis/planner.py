@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from sfumato.privacy.events import PlannedEvent
 
 FEWEST_STEPS = 20
-SAFETY = 0.92  # share of the time budget that is planned; the rest covers start-up, reports and a busy machine
-SECONDS_PER_CLASSIFIER = 12.0
+SAFETY = (
+    0.92  # share of the time budget that is planned; the rest covers start-up, reports and a busy machine
+)
+SECONDS_PER_CLASSIFIER = 12.0  # of 28x28 pixels; smaller images take less
 NOISE_FOR_EPSILON = 8.0  # the presets' query and mean-image noise; smaller budgets get more in proportion
 
 
@@ -89,7 +91,9 @@ class Plan:
             )
         if self.method != "dpdm":
             limit = "" if self.public_seconds is None else f" or {self.public_seconds:.0f} s"
-            out.append(f"public training: {self.public_steps} steps of {self.preset.public_batch} images{limit}")
+            out.append(
+                f"public training: {self.public_steps} steps of {self.preset.public_batch} images{limit}"
+            )
         if self.method != "public-only":
             out.append(
                 f"DP-SGD: {self.steps} steps, sampling probability {self.sampling_probability:.4g} (about "
@@ -153,7 +157,8 @@ def make_plan(
 
     With few epochs to spend, steps come first up to the preset's ceiling, then noise levels; q shrinks only
     when even the fewest steps would not fit. The noise multiplier is the least whose PLD epsilon (query, mean
-    images and DP-SGD composed) is within `budget`. Raises InputError when the time or the budget is too small.
+    images and DP-SGD composed) is within `budget`. Raises InputError when the time or the budget is too
+    small.
     """
     from sfumato.privacy.accounting import calibrate
     from sfumato.privacy.dp_sgd import DPSGDPlan
@@ -183,12 +188,15 @@ def make_plan(
     q, steps, levels = preset.sampling_probability, preset.most_steps, preset.noise_levels
     public_steps, public_seconds = preset.public_steps, None
     if preset.time_bound:
-        left = SAFETY * seconds - generation - classifiers * SECONDS_PER_CLASSIFIER
-        left -= 0 if method == "dpdm" else preset.query_steps * 0.03 if query else 0
-        if left < 0.2 * seconds or left < 5:
+        area = preset.size**2 / 784
+        around = generation + classifiers * (2 + SECONDS_PER_CLASSIFIER * area)
+        around += preset.query_steps * 0.03 * area if query else 0
+        left = SAFETY * seconds - around
+        if left < max(0.2 * seconds, 5):
             raise InputError(
-                f"--time-budget of {seconds:.0f} s is too short: generating {num_images} images alone takes about "
-                f"{generation:.0f} s here; no budget was spent. Give more time or fewer images (--num-images)"
+                f"--time-budget of {seconds:.0f} s is too short: all but training takes about {around:.0f} s here "
+                f"({num_images} images, {classifiers} classifiers to measure them); no budget was spent. Give more "
+                "time or fewer images (--num-images)"
             )
         if method != "dpdm":
             public_seconds = left * (1.0 if method == "public-only" else preset.public_share)
@@ -255,7 +263,10 @@ def measure_speeds(network: Any, edm: Any, *, size: tuple[int, int], channels: i
 
     per_unit = 2
     private = measure_step_seconds(
-        network, edm.row_loss, rows_of_units(images, labels, make_rows, generator, per_unit), units=batch // per_unit
+        network,
+        edm.row_loss,
+        rows_of_units(images, labels, make_rows, generator, per_unit),
+        units=batch // per_unit,
     )
     return Speeds(
         public_rows=batch / _seconds(public, device),

@@ -32,6 +32,7 @@ from sfumato.privacy import mechanisms
 from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.dp_sgd import dp_sgd
 from sfumato.privacy.events import PlannedEvent
+from sfumato.privacy.per_unit import Engine
 from sfumato.report.facts import Stage
 from sfumato.synthesis.classifier import scores, train_query
 from sfumato.synthesis.planner import Plan, make_plan, measure_speeds
@@ -50,11 +51,13 @@ class PrivImage:
 
     Formal guarantee. All that `fit` learns about the protected images, and so every attribute, every image
     generated and every file saved, is (budget.epsilon, budget.delta)-differentially private for adding or
-    removing one unit, as declared in `ProtectedImages`. What it did is in `reservations`, in the images' ledger.
+    removing one unit, as declared in `ProtectedImages`. What it did is in `reservations`, in the images'
+    ledger.
 
-    budget: for all of `fit`. method: "privimage", "dpdm" or "public-only". preset: settings. seconds: the time
-    that `fit` and generating `num_images` should take. work_dir: where state is kept so that the same call
-    resumes after an interruption; a temporary folder by default, which cannot. seed: public randomness only.
+    budget: for all of `fit`. method: "privimage", "dpdm" or "public-only". preset: settings. seconds: the
+    time that `fit` and generating `num_images` should take. work_dir: where state is kept so that the same
+    call resumes after an interruption; a temporary folder by default, which cannot. seed: public randomness
+    only.
     """
 
     def __init__(
@@ -95,11 +98,14 @@ class PrivImage:
         torch.manual_seed(self.seed)
         defaults = best_defaults()
         self._autocast = defaults.public_dtype == "bfloat16"
-        self._engine = defaults.engine
+        self._engine: Engine = defaults.engine  # type: ignore[assignment]
         torch.set_num_threads(defaults.threads)
         self.edm = EDM()
         self.network = networks.unet(
-            self.preset.network, size=private.size, channels=private.channels, num_labels=len(private.label_names)
+            self.preset.network,
+            size=private.size,
+            channels=private.channels,
+            num_labels=len(private.label_names),
         ).to(defaults.device)
         units = private.public_size
         spent = 0.0
@@ -136,7 +142,9 @@ class PrivImage:
         anything is spent.
         """
         plan = self.prepare(private, public)
-        reservation = self._reserve(private, "synthesize", plan.events(), plan.delta) if plan.events() else None
+        reservation = (
+            self._reserve(private, "synthesize", plan.events(), plan.delta) if plan.events() else None
+        )
         if plan.query:
             assert public is not None and reservation is not None
             self._select(private, public, reservation)
@@ -152,7 +160,9 @@ class PrivImage:
         self.generator = self._generator(private)
         return self
 
-    def generate(self, num_images: int, *, labels: Any = None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def generate(
+        self, num_images: int, *, labels: Any = None, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [num_images, H, W, C] and their labels; post-processing, free."""
         return self._fitted().generate(num_images, labels=labels, seed=seed)
 
@@ -167,7 +177,9 @@ class PrivImage:
 
     def _check(self, private: ProtectedImages, public: PublicImages | None) -> None:
         if self.method not in ("privimage", "dpdm", "public-only"):
-            raise InputError(f"unknown method {self.method!r}: choose privimage, dpdm or public-only (--method)")
+            raise InputError(
+                f"unknown method {self.method!r}: choose privimage, dpdm or public-only (--method)"
+            )
         if self.method == "dpdm":
             return
         if public is None:
@@ -235,7 +247,9 @@ class PrivImage:
         )
         rows, labels, weights = self.selection.relabel(public.labels)
         self.selected = (np.asarray(public.images)[rows], labels, weights)
-        self._stage("semantic query", started, f"{len(names)} public classes, {p.query_steps} classifier steps")
+        self._stage(
+            "semantic query", started, f"{len(names)} public classes, {p.query_steps} classifier steps"
+        )
 
     def _average(self, private: ProtectedImages, reservation: Any) -> None:
         started, p = time.monotonic(), self.plan.preset
@@ -293,7 +307,9 @@ class PrivImage:
             return
         plan = self.plan.dp_sgd()
 
-        def make_rows(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
+        def make_rows(
+            images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+        ) -> dict[str, Any]:
             return self.edm.rows(images, labels, generator, no_label=no_label, label_dropout=p.label_dropout)
 
         average = WeightAverage(self.network, p.private_ema)

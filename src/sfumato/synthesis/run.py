@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
+from typing import Any
 
 import numpy as np
 import yaml
@@ -82,9 +82,24 @@ def _synthesize(options: SynthesizeOptions) -> SynthesizeResult | None:
     out = options.run_folder
     if (finished := _finished(out, options)) is not None:
         return finished
-    _write_config(out, options)
+    new = _write_config(out, options)
+    try:
+        return _run(out, options, preset, budget, started)
+    except InputError:
+        if new and not (out / "internal" / "checkpoints" / "run.json").exists():
+            (out / "config.yaml").unlink(missing_ok=True)  # nothing was charged: other options may be tried
+        raise
+
+
+def _run(
+    out: Path, options: SynthesizeOptions, preset: Preset, budget: Budget, started: float
+) -> SynthesizeResult:
     internal = InternalWriter(out)
-    images = {"size": preset.size, "channels": preset.channels, "cache_dir": internal.directory("cache")}
+    images: dict[str, Any] = {
+        "size": preset.size,
+        "channels": preset.channels,
+        "cache_dir": internal.directory("cache"),
+    }
     ledger = _ledger(options, budget)
     public = PublicImages(options.public, **images) if options.public else None
     private = ProtectedImages(
@@ -93,7 +108,9 @@ def _synthesize(options: SynthesizeOptions) -> SynthesizeResult | None:
     )  # fmt: skip
     if private.skipped.value:
         internal.json("skipped.json", private.skipped)
-        _say(f"left out {len(private.skipped.value)} unreadable file(s), listed in {out}/internal/skipped.json")
+        _say(
+            f"left out {len(private.skipped.value)} unreadable file(s), listed in {out}/internal/skipped.json"
+        )
     holdout = OwnerImages(options.holdout, **images) if options.holdout else None
     model = PrivImage(
         budget=budget,
@@ -116,7 +133,11 @@ def _synthesize(options: SynthesizeOptions) -> SynthesizeResult | None:
     internal.text("report.html", internal_report(facts, owner))
     internal.json("evaluation.json", {"accuracy": [dataclasses.asdict(row) for row in accuracy]})
     result = SynthesizeResult(
-        release, facts.certificate["statement"], facts.certificate["epsilon"], facts.certificate["delta"], accuracy
+        release,
+        facts.certificate["statement"],
+        facts.certificate["epsilon"],
+        facts.certificate["delta"],
+        accuracy,
     )
     _say_result(result, out)
     _say(f"took {time.monotonic() - started:.0f} s")
@@ -176,8 +197,8 @@ def _ledger(options: SynthesizeOptions, budget: Budget) -> Ledger:
     return Ledger.open(options.ledger_url, total=budget, name="synthesize")
 
 
-def _write_config(out: Path, options: SynthesizeOptions) -> None:
-    """Write config.yaml, or refuse to mix two different runs in one folder."""
+def _write_config(out: Path, options: SynthesizeOptions) -> bool:
+    """Write config.yaml, or refuse to mix two different runs in one folder; whether it is new."""
     values = {
         name: value for name, value in dataclasses.asdict(options).items() if name not in NOT_OF_THE_RUN
     }
@@ -191,11 +212,12 @@ def _write_config(out: Path, options: SynthesizeOptions) -> None:
                 f"{out} holds a run with {option} {before.get(changed[0])}, not {values[changed[0]]}; no budget "
                 "was spent. Repeat that run's command to resume it, or choose another --out"
             )
-        return
+        return False
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "config.yaml.partial"
     partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(path)
+    return True
 
 
 def _finished(out: Path, options: SynthesizeOptions) -> SynthesizeResult | None:
@@ -317,15 +339,24 @@ def _evaluate(
     rows = [measure("this release", pictures, labels, f"{len(pictures)} synthetic images")]
     if model.public_generator is not None:
         drawn, targets = model.public_generator.generate(min(len(pictures), 2000), seed=options.seed)
-        rows.append(measure("public-only generator (floor)", drawn, targets, "the same generator before DP-SGD"))
+        rows.append(
+            measure("public-only generator (floor)", drawn, targets, "the same generator before DP-SGD")
+        )
     if model.selected is not None:
         images, targets, weights = model.selected
         picked = rng.choice(len(images), CLASSIFIER_IMAGES, p=weights / weights.sum())
         note = "classifier straight on the selected public images, no generator"
         rows.append(measure("selected public images (floor)", images[picked], targets[picked], note))
-    own = OwnerImages(options.private, size=private.size, channels=private.channels, cache_dir=_cache(options))
+    own = OwnerImages(
+        options.private, size=private.size, channels=private.channels, cache_dir=_cache(options)
+    )
     rows.append(
-        measure("real data (ceiling)", np.asarray(own.images), np.asarray(own.labels), "the private images themselves")
+        measure(
+            "real data (ceiling)",
+            np.asarray(own.images),
+            np.asarray(own.labels),
+            "the private images themselves",
+        )
     )
     notes = []
     best_floor = max((row.accuracy for row in rows[1:-1]), default=0.0)
@@ -364,5 +395,3 @@ def _say_result(result: SynthesizeResult, out: Path) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-

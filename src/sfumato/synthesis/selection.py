@@ -11,7 +11,8 @@ from sfumato.errors import InputError
 
 @dataclass(frozen=True)
 class Selection:
-    """`classes[l]`: public class indices chosen for label l, most voted first; `shares[l]`: how much each counts.
+    """`classes[l]`: public class indices chosen for label l, most voted first; `shares[l]`: how much each
+    counts.
 
     Computed from a released histogram, hence public.
     """
@@ -39,8 +40,8 @@ def select_classes(noisy_histogram: np.ndarray, per_label: int, *, noise_scale: 
 
     The assignment maximises the total of the chosen noisy counts (`scipy.optimize.linear_sum_assignment` with
     `per_label` copies of each label), so no label chooses first: PrivImage's published code lets label 0 take
-    what it likes. Shares are in proportion to the noisy counts; counts below twice `noise_scale` (the standard
-    deviation of a cell) are drowned in noise and weigh as if they were that small.
+    what it likes. Shares are in proportion to the noisy counts; counts below twice `noise_scale` (the
+    standard deviation of a cell) are drowned in noise and weigh as if they were that small.
     """
     from scipy.optimize import linear_sum_assignment
 
