@@ -106,7 +106,7 @@ class Generator:
         Stock `UNet2DModel.from_pretrained(folder)` loads the network, `EDMEulerScheduler.from_pretrained(
         folder, subfolder="scheduler")` a matching scheduler.
         """
-        from diffusers import EDMEulerScheduler
+        from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 
         folder = Path(folder)
         self.network.save_pretrained(folder, safe_serialization=True)
@@ -127,7 +127,7 @@ class Generator:
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Generator:
         """Load what `save_pretrained` wrote, from a folder, a release or run folder around it, or a hub id."""
-        from diffusers import UNet2DModel
+        from diffusers.models.unets.unet_2d import UNet2DModel
 
         folder = _model_folder(source)
         try:

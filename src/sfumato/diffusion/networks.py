@@ -34,7 +34,7 @@ def unet(name: str, *, size: tuple[int, int], channels: int, num_labels: int) ->
     Each level halves the image, so a level is dropped where the side is odd: 28 pixels take three levels,
     14 two. Convolutions, group norms, linear layers and embeddings only: no layer mixes images.
     """
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     if name not in SIZES:
         raise InputError(f"unknown network {name!r}: choose one of {', '.join(SIZES)}")
