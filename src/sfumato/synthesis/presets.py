@@ -35,8 +35,8 @@ class Preset:
     means_steps: int = 100
     # public training
     public_steps: int = 20_000  # *
-    public_batch: int = 128
-    public_lr: float = 2e-3
+    public_batch: int = 64
+    public_lr: float = 5e-3
     public_ema: float = 0.999
     # DP-SGD
     sampling_probability: float = 0.25
@@ -52,8 +52,10 @@ class Preset:
 
 
 PRESETS = {
-    "demo": Preset(num_images=3000),
-    "fashion-mnist": Preset(num_images=6000, sampling_probability=0.05, most_steps=300, query_noise=50.0),
+    "demo": Preset(size=16, num_images=3000, most_steps=100, guidance=1.2),
+    "fashion-mnist": Preset(
+        size=16, num_images=6000, sampling_probability=0.02, most_steps=300, query_noise=50.0, guidance=1.2
+    ),
     "cifar10": Preset(
         size=32, channels=3, network="medium", num_images=5000, sampling_probability=0.1, query_noise=100.0
     ),

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -95,6 +96,10 @@ class PrivImage:
         """
         self._check(private, public)
         self.work_dir.mkdir(parents=True, exist_ok=True)
+        self.reservations, self.warnings = [], []
+        stages = self.work_dir / "stages.json"
+        if stages.exists():
+            self.stages = [Stage(**stage) for stage in json.loads(stages.read_text(encoding="utf-8"))]
         torch.manual_seed(self.seed)
         defaults = best_defaults()
         self._autocast = defaults.public_dtype == "bfloat16"
@@ -220,8 +225,9 @@ class PrivImage:
             return np.load(path, allow_pickle=False)
         if reservation.begun(mechanism):
             raise BudgetError(
-                f"the run was killed after {mechanism} was charged and before its answer was saved: that cost is "
-                "spent and the answer lost; start again with another --out, on a ledger with budget left"
+                f"the run was stopped after {mechanism} was charged and before its answer was saved: that cost is "
+                "spent and the answer is lost. `sfumato ledger close LEDGER ID --outputs-unseen` gives back what "
+                "never began; then start again with another --out, on a ledger with budget left"
             )
         value = ask()
         partial = path.with_suffix(".partial.npy")
@@ -256,10 +262,23 @@ class PrivImage:
         self.means = self._answer(
             mechanisms.MEAN_IMAGES, reservation,
             lambda: mechanisms.mean_images(
-                private, p.means_per_label, p.means_clip, p.means_noise, self.plan.units, reservation
+                private, p.means_per_label, p.means_clip, p.means_noise, self.plan.units, reservation,
+                center=self._center(private),
             )[0],
         )  # fmt: skip
         self._stage("mean images", started, f"{p.means_per_label} for each label")
+
+    def _center(self, private: ProtectedImages) -> np.ndarray | float:
+        """What the mean images are expected to look like: the selected public images of each label, else grey."""
+        if self.selected is None:
+            return 0.0
+        images, labels, weights = self.selected
+        per_label = np.zeros((len(private.label_names), 1, *images.shape[1:]))
+        for label in range(len(private.label_names)):
+            mine = labels == label
+            share = (weights[mine] / weights[mine].sum()).reshape(-1, 1, 1, 1)
+            per_label[label, 0] = (images[mine] * share).sum(0) / 127.5 - 1
+        return per_label
 
     def _train_publicly(self, private: ProtectedImages, public: PublicImages | None) -> None:
         """Public training on the selected images, then a warm-up on the mean images mixed in."""
@@ -338,7 +357,13 @@ class PrivImage:
         self.network.load_state_dict(loaded.state_dict())
 
     def _stage(self, name: str, started: float, detail: str) -> None:
-        self.stages.append(Stage(name, time.monotonic() - started, detail))
+        """Remember a stage on disk: a resumed run does not repeat it, its report still tells of it."""
+        before = sum(stage.seconds for stage in self.stages if stage.name == name)
+        stage = Stage(name, before + time.monotonic() - started, detail)
+        self.stages = [*(other for other in self.stages if other.name != name), stage]
+        _write(
+            self.work_dir / "stages.json", json.dumps([dataclasses.asdict(s) for s in self.stages]).encode()
+        )
 
 
 def _by_name(
