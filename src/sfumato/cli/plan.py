@@ -72,42 +72,21 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, measure this machine, plan, print."""
     options = parse(PlanOptions, "sfumato plan", arguments)
     options.check()
-    import torch
-
-    from sfumato.diffusion.edm import EDM
-    from sfumato.diffusion.networks import unet
     from sfumato.machine import best_defaults
     from sfumato.privacy.budget import Budget, delta_warning
-    from sfumato.synthesis.planner import make_plan, measure_speeds
     from sfumato.synthesis.presets import preset_for
+    from sfumato.synthesis.run import plan_for
 
     chosen = preset_for(options.preset, "")
     preset = replace(chosen, size=options.size or chosen.size, channels=options.channels or chosen.channels)
-    budget = Budget(
-        options.epsilon, options.delta if options.delta is not None else default_delta(options.units)
-    )
+    delta = options.delta if options.delta is not None else default_delta(options.units)
+    budget = Budget(options.epsilon, delta)
+    plan = plan_for(
+        method=options.method, preset=preset, budget=budget, time_budget=options.time_budget,
+        units=options.units, labels=options.labels, public_classes=options.public_classes,
+        num_images=options.num_images,
+    )  # fmt: skip
     defaults = best_defaults()
-    torch.set_num_threads(defaults.threads)
-    size = (preset.size, preset.size)
-    network = unet(preset.network, size=size, channels=preset.channels, num_labels=options.labels)
-    speeds = measure_speeds(
-        network.to(defaults.device),
-        EDM(),
-        size=size,
-        channels=preset.channels,
-        autocast=defaults.public_dtype == "bfloat16",
-    )
-    plan = make_plan(
-        method=options.method,
-        units=options.units,
-        budget=budget,
-        preset=preset,
-        seconds=seconds(options.time_budget),
-        speeds=speeds,
-        num_images=options.num_images or preset.num_images or options.units,
-        num_labels=options.labels,
-        public_classes=options.public_classes,
-    )
     say(f"plan for {options.units:,} units, on {defaults.threads} threads ({defaults.device})")
     for line in plan.lines():
         say(f"  {line}")

@@ -17,6 +17,11 @@ Method = Literal["privimage", "dpdm", "public-only"]
 Preset = Literal["demo", "fashion-mnist", "cifar10", "paper-fashion-mnist", "paper-cifar10"]
 Unit = Literal["image", "group"]
 
+# How many units these sets have is public knowledge.
+KNOWN_SIZES = {"demo:digits": 4_000, "fashion-mnist": 60_000}
+DELTA_WITHOUT_SIZE = 1e-6
+DELTA_OF_DEMO = 1e-5
+
 
 @dataclass(frozen=True)
 class SynthesizeOptions:
@@ -121,7 +126,13 @@ class SynthesizeOptions:
             _must(value is None or value >= 1, "--" + name.replace("_", "-"), value, "1 or more")
         _must(self.guidance is None or self.guidance >= 0, "--guidance", self.guidance, "0 or more")
         seconds(self.time_budget)
-        if self.method in ("privimage", "public-only") and self.public is None and self.preset is None:
+        if self.delta is not None and self.units is not None and self.delta >= 1 / self.units:
+            raise InputError(
+                f"--delta {self.delta:g} is too large for {self.units} units: with a δ of 1/{self.units} a "
+                "release could publish one of them outright; no budget was spent. Choose it below "
+                f"{default_delta(self.units):.1g}, or leave it out."
+            )
+        if self.method in ("privimage", "public-only") and self.public is None:
             raise InputError(
                 f"--method {self.method} needs --public; no budget was spent. Give public images "
                 "(--public demo:glyphs works everywhere), or choose --method dpdm."
@@ -139,6 +150,20 @@ class SynthesizeOptions:
     def ledger_url(self) -> str:
         """The ledger of this run: `ledger`, or internal/ledger.db inside the run's folder."""
         return self.ledger if self.ledger is not None else str(self.run_folder / "internal" / "ledger.db")
+
+    @property
+    def units(self) -> int | None:
+        """The public number of units: declared, or common knowledge; None when it is private."""
+        return self.public_size if self.public_size is not None else KNOWN_SIZES.get(self.private)
+
+    @property
+    def delta_used(self) -> float:
+        """δ of this run: `delta`, or what its help says stands for it."""
+        if self.delta is not None:
+            return self.delta
+        if self.private.startswith("demo:"):
+            return DELTA_OF_DEMO
+        return DELTA_WITHOUT_SIZE if self.units is None else default_delta(self.units)
 
     @property
     def seconds(self) -> float:

@@ -194,9 +194,9 @@ def make_plan(
         left = SAFETY * seconds - around
         if left < max(0.2 * seconds, 5):
             raise InputError(
-                f"--time-budget of {seconds:.0f} s is too short: all but training takes about {around:.0f} s here "
-                f"({num_images} images, {classifiers} classifiers to measure them); no budget was spent. Give more "
-                "time or fewer images (--num-images)"
+                f"the time budget is too short: {seconds:.0f} s are left of it, and all but training takes about "
+                f"{around:.0f} s here ({num_images} images, {classifiers} classifiers to measure them); no budget "
+                "was spent. Give more time or fewer images (--num-images)"
             )
         if method != "dpdm":
             public_seconds = left * (1.0 if method == "public-only" else preset.public_share)

@@ -2,171 +2,253 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import errno
 import importlib.metadata
-import json
-import math
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+import torch
 
 from sfumato.data.images import OwnerImages, ProtectedImages, PublicImages
 from sfumato.data.release import InternalWriter, ReleaseWriter
-from sfumato.data.sources import default_holdout
+from sfumato.data.sources import default_holdout, open_source
 from sfumato.diffusion import networks
 from sfumato.diffusion.edm import EDM
-from sfumato.errors import InputError
-from sfumato.evaluation.downstream import downstream_accuracy
+from sfumato.errors import BudgetError, InputError, LedgerError
 from sfumato.machine import best_defaults
-from sfumato.privacy.budget import Budget
+from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.ledger import Ledger
 from sfumato.report.cards import card
 from sfumato.report.certificate import certificate
-from sfumato.report.facts import AccuracyRow, OwnerFacts, ReleaseFacts, releasable_options
+from sfumato.report.facts import AccuracyRow, ReleaseFacts, Stage, releasable_options
 from sfumato.report.html import internal_report, release_report
 from sfumato.synthesis.options import SynthesizeOptions
+from sfumato.synthesis.options import seconds as in_seconds
+from sfumato.synthesis.owner_figures import CLASSIFIERS, check_holdout, figures
 from sfumato.synthesis.planner import Plan, make_plan, measure_speeds
 from sfumato.synthesis.presets import Preset, preset_for
 from sfumato.synthesis.privimage import PrivImage
+from sfumato.synthesis.run_folder import RunFolder
 
-# How many units these sets have is public knowledge.
-KNOWN_SIZES = {"demo:digits": 4_000, "fashion-mnist": 60_000}
-DELTA_WITHOUT_SIZE = 1e-6
-NOT_OF_THE_RUN = ("config", "dry_run")
-CLASSIFIER_IMAGES = 4_000
+COMPARE = (
+    "How good these images are was not measured here, because any figure about the sensitive images would need "
+    "budget of its own. With a small ε or few images a release can be worse than its public images alone: the "
+    "owner should compare the two on real held-out images (the internal report does) before it is used."
+)
+SECONDS_ARE_PUBLIC = ("public training", "generation")  # of other stages they follow private counts
+ASSUMED_UNITS, ASSUMED_LABELS = 1_000, 10  # of a plan, where nothing is declared
 
 
 @dataclass(frozen=True)
 class SynthesizeResult:
-    """Where things are and what they cost. `accuracy` is measured on private images: for their owner only."""
+    """Where things are and what they cost. `accuracy` and `notes` rest on private images: for their owner only."""
 
     release: Path
     statement: str
     epsilon: float
     delta: float
-    accuracy: tuple[AccuracyRow, ...]
+    accuracy: tuple[AccuracyRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def synthesize(options: SynthesizeOptions) -> SynthesizeResult | None:
     """Run, or resume, `sfumato synthesize`; None for a dry run.
 
-    Raises InputError or BudgetError with one line for the user; what was already produced stays.
+    Raises InputError, BudgetError or LedgerError with one line for the user; what was already produced stays.
     """
-    try:
-        return _synthesize(options)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        raise InputError(
-            f"{error.filename or options.run_folder}: {error.strerror}; what was charged stays charged and nothing "
-            "already produced is lost. Make room, then run the same command again"
-        ) from error
-
-
-def _synthesize(options: SynthesizeOptions) -> SynthesizeResult | None:
     started = time.monotonic()
     options.check()
-    options = _resolved(options)
+    options = replace(
+        options, public_size=options.units, holdout=options.holdout or default_holdout(options.private)
+    )
     preset = _preset(options)
-    budget = Budget(options.epsilon, _delta(options))
+    budget = Budget(options.epsilon, options.delta_used)
     if options.dry_run:
-        plan = plan_for(options, preset, budget)
-        print("\n".join(plan.lines()))
+        _dry_run(options, preset, budget)
         return None
-    out = options.run_folder
-    if (finished := _finished(out, options)) is not None:
-        return finished
-    new = _write_config(out, options)
-    try:
-        return _run(out, options, preset, budget, started)
-    except InputError:
-        if new and not (out / "internal" / "checkpoints" / "run.json").exists():
-            (out / "config.yaml").unlink(missing_ok=True)  # nothing was charged: other options may be tried
-        raise
-
-
-def _run(
-    out: Path, options: SynthesizeOptions, preset: Preset, budget: Budget, started: float
-) -> SynthesizeResult:
-    internal = InternalWriter(out)
-    images: dict[str, Any] = {
-        "size": preset.size,
-        "channels": preset.channels,
-        "cache_dir": internal.directory("cache"),
-    }
-    ledger = _ledger(options, budget)
-    public = PublicImages(options.public, **images) if options.public else None
-    private = ProtectedImages(
-        options.private, ledger=ledger, unit=options.unit, public_size=options.public_size,
-        skip_unreadable=options.skip_unreadable, **images,
-    )  # fmt: skip
-    if private.skipped.value:
-        internal.json("skipped.json", private.skipped)
-        _say(
-            f"left out {len(private.skipped.value)} unreadable file(s), listed in {out}/internal/skipped.json"
-        )
-    holdout = OwnerImages(options.holdout, **images) if options.holdout else None
-    model = PrivImage(
-        budget=budget,
-        method=options.method,
-        preset=preset,
-        seconds=options.seconds - (time.monotonic() - started),
-        num_images=options.num_images,
-        classifiers=_classifiers(options, holdout, private),
-        work_dir=internal.directory("checkpoints"),
-        seed=options.seed,
-    )
-    for line in model.prepare(private, public).lines():
-        _say(f"plan: {line}")
-    model.fit(private, public)
-    number = options.num_images or preset.num_images or model.plan.units
-    pictures, labels = model.generate(number, seed=options.seed)
-    facts = _facts(options, model, private, public, ledger, pictures, labels)
-    release = _release(out, model, facts, pictures, labels)
-    accuracy, owner = _evaluate(options, model, private, holdout, pictures, labels)
-    internal.text("report.html", internal_report(facts, owner))
-    internal.json("evaluation.json", {"accuracy": [dataclasses.asdict(row) for row in accuracy]})
-    result = SynthesizeResult(
-        release,
-        facts.certificate["statement"],
-        facts.certificate["epsilon"],
-        facts.certificate["delta"],
-        accuracy,
-    )
-    _say_result(result, out)
-    _say(f"took {time.monotonic() - started:.0f} s")
+    folder = RunFolder(options.run_folder)
+    folder.take(options)
+    if (result := _finished(folder)) is not None:
+        _say("this run is complete; nothing was done and no budget was spent")
+    else:
+        result = _run(folder, options, preset, budget, started)
+        _say(f"took {time.monotonic() - started:.0f} s")
+    _say_result(result, folder.out)
     return result
 
 
-def plan_for(options: SynthesizeOptions, preset: Preset, budget: Budget) -> Plan:
-    """The plan of a run from declared values alone, for `--dry-run` and `sfumato plan`: reads no images."""
+def plan_for(
+    *,
+    method: str,
+    preset: Preset,
+    budget: Budget,
+    time_budget: str,
+    units: int,
+    labels: int,
+    public_classes: int | None,
+    num_images: int | None,
+    classifiers: int = 0,
+) -> Plan:
+    """The plan of a run from declared values and this machine's speed alone; no images are read."""
     defaults = best_defaults()
-    units = options.public_size or 1000
-    labels = 10
-    edm, side = EDM(), (preset.size, preset.size)
+    torch.set_num_threads(defaults.threads)
+    side = (preset.size, preset.size)
     network = networks.unet(preset.network, size=side, channels=preset.channels, num_labels=labels)
-    network = network.to(defaults.device)
     speeds = measure_speeds(
-        network, edm, size=side, channels=preset.channels, autocast=defaults.public_dtype == "bfloat16"
-    )
-    return make_plan(
-        method=options.method, units=units, budget=budget, preset=preset, seconds=options.seconds, speeds=speeds,
-        num_images=options.num_images or preset.num_images or units, num_labels=labels,
+        network.to(defaults.device), EDM(), size=side, channels=preset.channels,
+        autocast=defaults.public_dtype == "bfloat16",
     )  # fmt: skip
+    with _naming(time_budget):
+        return make_plan(
+            method=method, units=units, budget=budget, preset=preset, seconds=in_seconds(time_budget),
+            speeds=speeds, num_images=num_images or preset.num_images or units, num_labels=labels,
+            public_classes=public_classes, classifiers=classifiers,
+        )  # fmt: skip
 
 
-def _resolved(options: SynthesizeOptions) -> SynthesizeOptions:
-    return replace(
-        options,
-        public_size=options.public_size or KNOWN_SIZES.get(options.private),
-        holdout=options.holdout or default_holdout(options.private),
-    )
+def _dry_run(options: SynthesizeOptions, preset: Preset, budget: Budget) -> None:
+    """Print the plan. The public images' class names are read, the private images are not opened."""
+    names = open_source(options.public).label_names if options.public else None
+    classes = None if names is None else len(names)
+    known = options.private.split(":")[0] in ("demo", "fashion-mnist")
+    labels = ASSUMED_LABELS if known or classes is None else min(ASSUMED_LABELS, classes)
+    plan = plan_for(
+        method=options.method, preset=preset, budget=budget, time_budget=options.time_budget,
+        units=options.units or ASSUMED_UNITS, labels=labels, public_classes=classes,
+        num_images=options.num_images, classifiers=CLASSIFIERS[options.method] if options.holdout else 0,
+    )  # fmt: skip
+    print("\n".join(plan.lines()))
+    assumed = [] if options.units else [f"{ASSUMED_UNITS:,} units (--public-size)"]
+    assumed += [] if known else [f"{labels} labels"]
+    if assumed:
+        print(f"assumed, since the sensitive images were not opened: {', '.join(assumed)}")
+    if options.units and (warning := delta_warning(budget.delta, options.units)):
+        print(f"note: {warning}")
+    print("No sensitive image was read and no budget was spent.", flush=True)
+
+
+def _run(
+    folder: RunFolder, options: SynthesizeOptions, preset: Preset, budget: Budget, started: float
+) -> SynthesizeResult:
+    model, fresh = None, not (folder.checkpoints / "run.json").exists()
+    try:
+        ledger = _ledger(options, budget)
+        internal = InternalWriter(folder.out)
+        images: dict[str, Any] = {
+            "size": preset.size, "channels": preset.channels, "cache_dir": internal.directory("cache"),
+        }  # fmt: skip
+        public = PublicImages(options.public, **images) if options.public else None
+        # The time that is left is taken before the private images are read: how long that takes is private.
+        seconds = options.seconds - (time.monotonic() - started)
+        private_images: dict[str, Any] = images | {"skip_unreadable": options.skip_unreadable}
+        private = ProtectedImages(
+            options.private, ledger=ledger, unit=options.unit, public_size=options.public_size, **private_images
+        )  # fmt: skip
+        if private.skipped.value:
+            internal.json("skipped.json", private.skipped)
+            _say(
+                f"left out {len(private.skipped.value)} unreadable file(s), listed in {internal.path / 'skipped.json'}"
+            )
+        holdout = OwnerImages(options.holdout, **images) if options.holdout else None
+        measured = holdout is not None and private.has_labels and holdout.label_names is not None
+        if holdout is not None:
+            check_holdout(holdout, private, str(options.holdout))
+        model = PrivImage(
+            budget=budget, method=options.method, preset=preset, seconds=seconds,
+            num_images=options.num_images, classifiers=CLASSIFIERS[options.method] if measured else 0,
+            work_dir=internal.directory("checkpoints"), seed=options.seed,
+        )  # fmt: skip
+        if options.method != "public-only" and fresh:
+            _check_left(ledger, budget, options)
+        with _naming(options.time_budget):
+            plan = model.prepare(private, public)
+        for line in (*plan.lines(), *(f"note: {warning}" for warning in model.warnings)):
+            _say(f"plan: {line}")
+        model.fit(private, public)
+    except (InputError, BudgetError, LedgerError) as error:
+        labels = [] if model is None else [reservation.label for reservation in model.reservations]
+        if fresh and "synthesize" not in labels and not (folder.checkpoints / "public").exists():
+            folder.give_up(charged=bool(labels))
+        if labels and "no budget was spent" in str(error):
+            said = "only what the ledger shows was spent (the same command goes on from there)"
+            raise type(error)(str(error).replace("no budget was spent", said)) from None
+        raise
+    pictures, targets = _generated(folder, options, model)
+    folder.metrics([_metrics_row(stage) for stage in model.stages])
+    facts = _facts(options, model, private, public, folder.certificate() or _certificate(options, model, ledger),
+                   pictures, targets)  # fmt: skip
+    if folder.certificate() is None:
+        _release(folder.out, model, facts, pictures, targets)
+    owner = figures(
+        model, pictures, targets, private=private, holdout=holdout, seed=options.seed,
+        own=lambda: OwnerImages(options.private, **private_images),
+        remembered=folder.checkpoints / "accuracy.json",
+    )  # fmt: skip
+    internal.text("report.html", internal_report(facts, owner))
+    rows = [dataclasses.asdict(row) for row in owner.accuracy]
+    internal.json("evaluation.json", {"accuracy": rows, "notes": owner.notes})
+    result = _finished(folder)
+    assert result is not None
+    return result
+
+
+@contextlib.contextmanager
+def _naming(time_budget: str) -> Iterator[None]:
+    """Let a message about too little time name what was asked for, not what is left of it."""
+    try:
+        yield
+    except InputError as error:
+        asked = f"--time-budget {time_budget} is too short"
+        raise InputError(str(error).replace("the time budget is too short", asked)) from None
+
+
+def _check_left(ledger: Ledger, budget: Budget, options: SynthesizeOptions) -> None:
+    """Refuse a run that the ledger cannot pay for before even the count is bought."""
+    left, slack = ledger.remaining, 1 + 1e-9
+    for option, wanted, there in (
+        ("--epsilon", budget.epsilon, left.epsilon),
+        ("--delta", budget.delta, left.delta),
+    ):
+        if wanted > there * slack:
+            raise BudgetError(
+                f"{option} {wanted:g} is more than {options.ledger_url} has left ({there:.6g}); no budget was "
+                "spent. Ask for less; `sfumato ledger show` lists what was spent"
+            )
+
+
+def _generated(
+    folder: RunFolder, options: SynthesizeOptions, model: PrivImage
+) -> tuple[np.ndarray, np.ndarray]:
+    """The release's images (uint8 [N, H, W, C]) and labels: drawn once, then kept."""
+    path = folder.checkpoints / "images.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            pictures, labels, seconds = kept["images"], kept["labels"], float(kept["seconds"])
+    else:
+        started = time.monotonic()
+        number = options.num_images or model.plan.preset.num_images or model.plan.units
+        pictures, labels = model.generate(number, seed=options.seed)
+        seconds = time.monotonic() - started
+        partial = path.with_name("images.partial.npz")
+        with open(partial, "wb") as file:
+            np.savez(file, images=pictures, labels=labels, seconds=seconds)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    model.stages.append(Stage("generation", seconds, f"{len(pictures)} images"))
+    return pictures, labels
+
+
+def _metrics_row(stage: Stage) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": stage.name, "detail": stage.detail}
+    return row | {"seconds": round(stage.seconds, 1)} if stage.name in SECONDS_ARE_PUBLIC else row
 
 
 def _preset(options: SynthesizeOptions) -> Preset:
@@ -179,17 +261,6 @@ def _preset(options: SynthesizeOptions) -> Preset:
     return replace(preset, **given)
 
 
-def _delta(options: SynthesizeOptions) -> float:
-    if options.delta is not None:
-        return options.delta
-    if options.private.startswith("demo:"):
-        return 1e-5
-    if options.public_size is None:
-        return DELTA_WITHOUT_SIZE
-    n = max(options.public_size, 3)
-    return min(1 / (n * math.log(n)), n**-1.1)
-
-
 def _ledger(options: SynthesizeOptions, budget: Budget) -> Ledger:
     if options.ledger is not None:
         return Ledger.open(options.ledger)
@@ -197,44 +268,24 @@ def _ledger(options: SynthesizeOptions, budget: Budget) -> Ledger:
     return Ledger.open(options.ledger_url, total=budget, name="synthesize")
 
 
-def _write_config(out: Path, options: SynthesizeOptions) -> bool:
-    """Write config.yaml, or refuse to mix two different runs in one folder; whether it is new."""
-    values = {
-        name: value for name, value in dataclasses.asdict(options).items() if name not in NOT_OF_THE_RUN
-    }
-    path = out / "config.yaml"
-    if path.exists():
-        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        changed = [name for name, value in values.items() if before.get(name) != value and name != "out"]
-        if changed:
-            option = "--" + changed[0].replace("_", "-")
-            raise InputError(
-                f"{out} holds a run with {option} {before.get(changed[0])}, not {values[changed[0]]}; no budget "
-                "was spent. Repeat that run's command to resume it, or choose another --out"
-            )
-        return False
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    partial.replace(path)
-    return True
-
-
-def _finished(out: Path, options: SynthesizeOptions) -> SynthesizeResult | None:
-    """The result of a run that is already complete, said again; None when there is work left."""
-    evaluation = out / "internal" / "evaluation.json"
-    if not ((out / "release" / "privacy.json").exists() and evaluation.exists()):
+def _finished(folder: RunFolder) -> SynthesizeResult | None:
+    """The result of a run that is complete; None when there is work left."""
+    claim, evaluation = folder.certificate(), folder.evaluation()
+    if claim is None or evaluation is None:
         return None
-    _write_config(out, options)
-    claim = json.loads((out / "release" / "privacy.json").read_text(encoding="utf-8"))
-    rows = json.loads(evaluation.read_text(encoding="utf-8"))["accuracy"]
-    result = SynthesizeResult(
-        out / "release", claim["statement"], claim["epsilon"], claim["delta"],
-        tuple(AccuracyRow(**row) for row in rows),
+    return SynthesizeResult(
+        folder.out / "release", claim["statement"], claim["epsilon"], claim["delta"],
+        tuple(AccuracyRow(**row) for row in evaluation["accuracy"]), tuple(evaluation.get("notes", ())),
     )  # fmt: skip
-    _say("this run is complete; nothing was done and no budget was spent")
-    _say_result(result, out)
-    return result
+
+
+def _certificate(options: SynthesizeOptions, model: PrivImage, ledger: Ledger) -> dict[str, Any]:
+    none = options.method == "public-only"
+    return certificate(
+        model.reservations, unit=options.unit, public_size=None if none else model.plan.units,
+        budget=None if none else model.budget, software=_software(),
+        ledger_head=ledger.head if model.reservations else "",
+    )  # fmt: skip
 
 
 def _facts(
@@ -242,7 +293,7 @@ def _facts(
     model: PrivImage,
     private: ProtectedImages,
     public: PublicImages | None,
-    ledger: Ledger,
+    claim: dict[str, Any],
     pictures: np.ndarray,
     labels: np.ndarray,
 ) -> ReleaseFacts:
@@ -254,14 +305,6 @@ def _facts(
     before = None
     if model.public_generator is not None:
         before, _ = model.public_generator.generate(len(shown), labels=labels[shown], seed=options.seed)
-    claim = certificate(
-        model.reservations,
-        unit=options.unit,
-        public_size=None if options.method == "public-only" else model.plan.units,
-        budget=None if options.method == "public-only" else model.budget,
-        software=_software(),
-        ledger_head=ledger.head if model.reservations else "",
-    )
     return ReleaseFacts(
         method=options.method,
         private_description=private.description,
@@ -284,7 +327,7 @@ def _facts(
         mean_images=None if model.means is None else _bytes(model.means),
         stages=model.stages,
         options=releasable_options(dataclasses.asdict(options)) | {"plan": "; ".join(model.plan.lines())},
-        warnings=model.warnings,
+        warnings=model.warnings + ([COMPARE] if before is not None else []),
     )
 
 
@@ -298,79 +341,6 @@ def _release(
     writer.text("README.md", card(facts))
     writer.text("report.html", release_report(facts))
     return writer.complete()
-
-
-def _classifiers(options: SynthesizeOptions, holdout: OwnerImages | None, private: ProtectedImages) -> int:
-    if holdout is None or not private.has_labels:
-        return 0
-    return {"privimage": 4, "public-only": 3, "dpdm": 2}[options.method]
-
-
-def _evaluate(
-    options: SynthesizeOptions,
-    model: PrivImage,
-    private: ProtectedImages,
-    holdout: OwnerImages | None,
-    pictures: np.ndarray,
-    labels: np.ndarray,
-) -> tuple[tuple[AccuracyRow, ...], OwnerFacts]:
-    """Accuracy on the holdout of classifiers trained on this release, its floors and its ceiling."""
-    if holdout is None or not private.has_labels or not holdout.label_names:
-        note = "No labelled holdout was given (--holdout), so nothing was measured on real images."
-        return (), OwnerFacts("none", notes=[note])
-    unknown = set(holdout.label_names) - set(private.label_names)
-    if unknown:
-        raise InputError(
-            f"--holdout {options.holdout} has labels that the private images lack: {', '.join(sorted(unknown))}; "
-            "the release is complete; correct the holdout and run the same command again to measure it"
-        )
-    position = np.array([private.label_names.index(name) for name in holdout.label_names])
-    real_labels = position[np.asarray(holdout.labels)]
-    real = np.asarray(holdout.images)
-    rng = np.random.default_rng(options.seed)
-
-    def measure(name: str, images: np.ndarray, targets: np.ndarray, note: str) -> AccuracyRow:
-        accuracy = downstream_accuracy(
-            images, targets, real, real_labels, num_classes=len(private.label_names), seed=options.seed,
-            description=name,
-        )  # fmt: skip
-        return AccuracyRow(name, accuracy, note)
-
-    rows = [measure("this release", pictures, labels, f"{len(pictures)} synthetic images")]
-    if model.public_generator is not None:
-        drawn, targets = model.public_generator.generate(min(len(pictures), 2000), seed=options.seed)
-        rows.append(
-            measure("public-only generator (floor)", drawn, targets, "the same generator before DP-SGD")
-        )
-    if model.selected is not None:
-        images, targets, weights = model.selected
-        picked = rng.choice(len(images), CLASSIFIER_IMAGES, p=weights / weights.sum())
-        note = "classifier straight on the selected public images, no generator"
-        rows.append(measure("selected public images (floor)", images[picked], targets[picked], note))
-    own = OwnerImages(
-        options.private, size=private.size, channels=private.channels, cache_dir=_cache(options)
-    )
-    rows.append(
-        measure(
-            "real data (ceiling)",
-            np.asarray(own.images),
-            np.asarray(own.labels),
-            "the private images themselves",
-        )
-    )
-    notes = []
-    best_floor = max((row.accuracy for row in rows[1:-1]), default=0.0)
-    if rows[0].accuracy < best_floor:
-        notes.append(
-            f"The release ({rows[0].accuracy:.1%}) is below its best public floor ({best_floor:.1%}): at this "
-            "epsilon the private stage costs more than it brings. Use more budget, more time or more images."
-        )
-    examples = real[np.sort(rng.choice(len(real), min(80, len(real)), replace=False))]
-    return tuple(rows), OwnerFacts(holdout.description, rows, examples, notes)
-
-
-def _cache(options: SynthesizeOptions) -> Path:
-    return options.run_folder / "internal" / "cache"
 
 
 def _bytes(images: np.ndarray) -> np.ndarray:
@@ -388,10 +358,13 @@ def _say_result(result: SynthesizeResult, out: Path) -> None:
         print("Accuracy on real held-out images (for the owner's eyes, not differentially private):")
         for row in result.accuracy:
             print(f"  {row.accuracy:6.1%}  {row.name}")
+    for note in result.notes:
+        print(f"note: {note}")
     print(f"release: {result.release}")
     print(f"report:  {result.release / 'report.html'}")
     print(f"yours:   {out / 'internal' / 'report.html'} (not for release)", flush=True)
 
 
 def _say(line: str) -> None:
+    """To the terminal's other stream, so that standard output holds the result alone."""
     print(line, file=sys.stderr, flush=True)
