@@ -161,17 +161,46 @@ def check_noise_does_not_repeat() -> None:
 
 
 def check_row_randomness_is_fresh() -> None:
-    """Noise levels come from a generator that is seeded anew at each step."""
-    seeds: list[int] = []
+    """Noise levels come from a generator that nobody can guess: filled anew at each step, not by 32 bits."""
+    draws: list[float] = []
 
     def rows(images, labels, generator):
-        seeds.append(generator.initial_seed())
+        draws.append(float(torch.rand((), generator=generator, dtype=torch.float64)))
         return make_rows(images, labels, generator)
 
-    for _ in range(2):
-        run(Private(5), steps=2, rows=rows)
-    seeds = [seed for place, seed in enumerate(seeds) if place % 3]  # without the two public checks
-    assert len(set(seeds)) == 4, "a row seed came twice"
+    with patched(module.SecureStream, "seed", lambda self: 7):  # torch would use the low half of it only
+        for _ in range(2):
+            run(Private(5), steps=2, rows=rows)
+    draws = [draw for place, draw in enumerate(draws) if place % 3]  # without the two public checks
+    assert len(set(draws)) == 4, "the row randomness came twice"
+
+
+class Parts(Net):
+    """A part that is trained, one that is frozen, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(1, 1)
+        self.frozen = nn.Linear(1, 1)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place = torch.zeros(len(x), dtype=torch.int64)
+        return self.frozen((super().forward(x) + self.bias(place)[:, 0])[:, None])[:, 0]
+
+
+def check_what_is_updated_is_noised() -> None:
+    """A step on an empty batch moves every trained coordinate and nothing else."""
+    net = Parts()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    plan = DPSGDPlan(1e-15, 1, 1.0, 1.0, 1, 1.0)
+    dp_sgd(net, Private(5), plan, Reservation([]), make_rows=make_rows, row_loss=row_loss,
+           optimizer=torch.optim.Adam(net.parameters(), lr=1.0, weight_decay=0.1))  # fmt: skip
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    for name, value in net.state_dict().items():
+        moved = value != before[name]
+        assert bool(moved.all()) if name in trained else not bool(moved.any()), name
 
 
 # ---------------------------------------------------------------- tools
@@ -328,7 +357,35 @@ def noise_repeats():
 
 
 def row_seed_repeats():
-    return patched(module.SecureStream, "seed", lambda self: 1234)
+    return patched(module, "secret_generator", lambda stream, device: torch.Generator().manual_seed(1234))
+
+
+def row_seed_of_32_bits():
+    def seeded(stream, device):
+        return torch.Generator(device=device).manual_seed(stream.seed())
+
+    return patched(module, "secret_generator", seeded)
+
+
+def label_embedding_not_noised():
+    real = ClippedSum.add_noise
+
+    def some(self, multiplier, stream):
+        raw = self._values["bias.weight"].clone()
+        return {**real(self, multiplier, stream), "bias.weight": raw}
+
+    return patched(ClippedSum, "add_noise", some)
+
+
+def buffer_carries_data_out():
+    """The forward pass keeps what it saw; the check of the network, left out here, would refuse it."""
+    real = module._sum_over_batch
+
+    def seeing(net, *rest):
+        net.seen += 1.0
+        return real(net, *rest)
+
+    return patched(module, "_sum_over_batch", seeing)
 
 
 CHECKS: dict[Callable[[], None], list[Callable]] = {
@@ -340,7 +397,8 @@ CHECKS: dict[Callable[[], None], list[Callable]] = {
     check_empty_batches_step: [empty_batches_skipped],
     check_charged_before_sampling: [begin_forgotten, begin_after_sampling],
     check_noise_does_not_repeat: [noise_repeats],
-    check_row_randomness_is_fresh: [row_seed_repeats],
+    check_row_randomness_is_fresh: [row_seed_repeats, row_seed_of_32_bits],
+    check_what_is_updated_is_noised: [label_embedding_not_noised, buffer_carries_data_out],
 }
 
 

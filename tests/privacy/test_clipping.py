@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato.privacy.budget import REPLACE_ONE
-from sfumato.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_vector_sum
+from sfumato.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_vector_sum, unit_norms
 from sfumato.privacy.per_unit import per_unit_gradients
 from sfumato.privacy.randomness import SecureStream
 
@@ -76,6 +76,16 @@ def test_one_unit_more_moves_the_sum_by_at_most_the_clip_norm(
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40), st.floats(1e-9, 1e9))
 def test_a_clipped_vector_is_never_longer_than_the_clip_norm(values, clip_norm):
     assert flat(clipped_vector_sum(torch.tensor([values]), clip_norm)).norm() <= clip_norm
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("size", [1, 1023, 1025, 3_000_001])
+def test_norms_of_large_layers_are_not_short(value, size):
+    """A float32 norm of millions of equal values is short by up to 1 %, and the unit would count for more."""
+    vector = torch.full((1, size), value)
+    length = float(vector[0, 0].double()) * size**0.5
+    assert abs(float(unit_norms({"layer": vector})) / length - 1) < 2e-6
+    assert flat(clipped_vector_sum(vector, 1e-2)).norm() <= 1e-2
 
 
 @pytest.mark.parametrize("engine", ENGINES)

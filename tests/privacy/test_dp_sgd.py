@@ -14,7 +14,7 @@ import torch
 
 import sfumato.privacy.dp_sgd as module
 from sfumato.checkpoint import WeightAverage
-from sfumato.errors import InputError
+from sfumato.errors import InputError, LedgerError
 from sfumato.privacy.dp_sgd import DPSGDPlan, DPSGDResult, dp_sgd, measure_step_seconds, random_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -169,6 +169,43 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
     with pytest.raises(InputError, match="no budget was spent"):
         run(Net(), FakePrivate(5), chosen, FakeReservation(), checkpoint_dir=tmp_path)
     assert other.log == []
+
+
+def test_a_ledger_put_back_is_noticed(tmp_path):
+    """A checkpoint with more steps than the ledger has charged: going on would be free of charge."""
+
+    class PutBack:
+        def __init__(self, held, begun) -> None:
+            self.id, self.begin, self._begun = held.id, held.begin, begun
+
+        def begun(self, mechanism) -> int:
+            return self._begun
+
+    chosen = plan()
+    held, net = reservation(tmp_path, chosen), Net()
+    run(net, FakePrivate(20), chosen, held, checkpoint_dir=tmp_path)
+    with pytest.raises(LedgerError, match="older copy"):
+        run(Net(), FakePrivate(20), chosen, PutBack(held, 3), checkpoint_dir=tmp_path)
+
+
+def test_row_randomness_cannot_be_guessed_from_32_bits(monkeypatch):
+    """torch uses 32 bits of a CPU generator's seed; 2^32 tries would make the row randomness public."""
+    stream = module.SecureStream()
+    seeds = iter([7, 7 + 2**32, 7, 1])
+    monkeypatch.setattr(module.SecureStream, "seed", lambda self: next(seeds))
+    drawn = [torch.randn(4, generator=module.secret_generator(stream, torch.device("cpu"))) for _ in range(3)]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    many = torch.randn(200_000, generator=module.secret_generator(stream, torch.device("cpu")))
+    assert abs(float(many.mean())) < 0.02 and abs(float(many.std()) - 1) < 0.02
+
+
+def test_the_engine_is_checked_with_as_many_rows_as_are_used(monkeypatch, tmp_path):
+    """Engines choose another way of computing by the number of rows in a unit."""
+    seen = []
+    monkeypatch.setattr(module, "selfcheck", lambda net, loss, rows, engine: seen.append(rows["x"].shape[1]))
+    chosen = plan(rows_per_unit=9)
+    run(Net(), FakePrivate(4), chosen, reservation(tmp_path, chosen))
+    assert seen == [9]
 
 
 def test_an_unsound_network_stops_before_anything_is_spent():

@@ -103,6 +103,24 @@ def test_other_relations_are_not_certified(ledger):
         make(ledger, relation=REPLACE_ONE)
 
 
+def test_a_reservation_named_twice_counts_once(ledger, good):
+    """Preparing and fitting both name the count's reservation."""
+    twice = [*ledger.reservations(), *ledger.reservations()]
+    again = certificate(
+        twice, unit="image", public_size=4000, budget=Budget(8, 1e-5), software={"sfumato": "0.1.0"},
+        ledger_head=ledger.head,
+    )  # fmt: skip
+    assert again == good
+
+
+def test_answers_that_another_account_paid_for_are_not_certified(tmp_path):
+    """A run resumed on a new ledger finds all its answers, begins nothing, and settles for nothing."""
+    ledger = Ledger.open(tmp_path / "new.db", total=Budget(8, 1e-5))
+    ledger.reserve("synthesize", SYNTHESIZE, delta=5e-6).settle()
+    with pytest.raises(LedgerError, match="no work under"):
+        make(ledger)
+
+
 def test_open_and_stopped_work(tmp_path):
     ledger = Ledger.open(tmp_path / "x.db", total=Budget(8, 1e-5))
     reservation = ledger.reserve("s", SYNTHESIZE, delta=5e-6)

@@ -10,7 +10,7 @@ import pytest
 
 from sfumato.errors import InputError
 from sfumato.report.facts import OwnerFacts, ReleaseFacts, releasable_options
-from sfumato.report.words import claim, costs, event_text, guessing_limit
+from sfumato.report.words import claim, costs, delta_claim, event_text, guessing_limit
 
 
 class _Marked:
@@ -65,6 +65,12 @@ def test_options_of_the_command_line_are_sorted_out_too():
 def test_a_claim_is_never_below_what_was_spent(epsilon):
     assert float(claim(epsilon)) >= epsilon * (1 - 1e-9)
     assert float(claim(epsilon)) <= epsilon * 1.1 + 0.01
+
+
+@pytest.mark.parametrize("delta", [5.546e-6, 1.0000001e-5, 9.96e-6, 1e-5, 1e-10, 0.0, 0.05, 1.24e-6])
+def test_a_claimed_delta_is_never_below_what_was_spent(delta):
+    assert delta * (1 - 1e-8) <= float(delta_claim(delta)) <= delta * 1.1
+    assert [delta_claim(even) for even in (1e-5, 5.5e-6, 0)] == ["1e-05", "5.5e-06", "0"]
 
 
 def test_a_claim_of_an_even_figure_is_that_figure():

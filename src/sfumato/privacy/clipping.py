@@ -8,9 +8,11 @@ Gaussian mechanism with standard deviation noise_multiplier * clip_norm per coor
 section 4).
 
 Floating point. Norms are taken, in float64 across layers, of the very tensors that are summed, and the
-target length is short of `clip_norm` by one part in 10^5, more than the rounding of float32 norms and
-products. The sum over units is rounded in float32 and the noise is a float64 Gaussian added once; this is
-not an exact discrete mechanism.
+target length is short of `clip_norm` by one part in 10^5, more than the rounding of float32 products and of
+norms, which are taken over pieces of `NORM_PIECE` values because a float32 norm of millions can be short by
+1 %. The sum over units is rounded in float32: one unit more moves that rounding by about 10^-7 of the sum's
+own length, that is of up to clip_norm times the batch. The noise is a float64 Gaussian added once; this is not
+an exact discrete mechanism.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from sfumato.privacy.per_unit import (
 )
 
 ROUNDING_MARGIN = 1e-5
+NORM_PIECE = 1024  # values whose squares are added in float32; rounding stays below 2e-6
 
 
 class NoiseStream(Protocol):
@@ -158,13 +161,11 @@ def _add_clipped(total: dict[str, Tensor], gradients: dict[str, Tensor], clip_no
 
 def unit_norms(gradients: Mapping[str, Tensor]) -> Tensor:
     """Euclidean norm of each unit's whole gradient, float64 [U]. Private: for use in `privacy`."""
-    return (
-        torch.stack(
-            [
-                torch.linalg.vector_norm(g.flatten(1).float(), dim=1).double().square()
-                for g in gradients.values()
-            ]
-        )
-        .sum(0)
-        .sqrt()
-    )
+    return torch.stack([_squared_norms(g.flatten(1).float()) for g in gradients.values()]).sum(0).sqrt()
+
+
+def _squared_norms(values: Tensor) -> Tensor:
+    """Squared length of each row of [U, n], float64 [U]."""
+    whole = values.shape[1] // NORM_PIECE * NORM_PIECE
+    pieces = (values[:, :whole].unflatten(1, (-1, NORM_PIECE)), values[:, whole:].unsqueeze(1))
+    return sum(torch.linalg.vector_norm(piece, dim=2).double().square().sum(1) for piece in pieces)  # type: ignore

@@ -10,8 +10,9 @@ Every step is written down in the ledger before its batch is drawn.
 
 Row randomness (noise levels, label dropout, flips) depends on a unit's place in the batch: adding one unit
 shifts the draws of those behind it. With publicly known draws all of these would change at once and the sum
-could move by far more than clip_norm. So `make_rows` gets a `torch.Generator` seeded afresh at each step
-from the secure stream, and must draw from nothing else; a user's seed never reaches it.
+could move by far more than clip_norm. So `make_rows` gets a `torch.Generator` whose state is filled afresh at
+each step from the secure stream, and must draw from nothing else; a user's seed never reaches it. (Seeding
+would not do on a CPU: torch uses 32 bits of a seed there, few enough to try them all.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoint import Averaged, load_checkpoint, save_checkpoint
-from sfumato.errors import InputError
+from sfumato.errors import InputError, LedgerError, SfumatoError
 from sfumato.privacy.clipping import ClippedSum, clipped_gradient_sum, empty_gradient_sum
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.per_unit import Engine, RowLoss, Rows
@@ -38,6 +39,7 @@ from sfumato.privacy.selfcheck import selfcheck
 from sfumato.progress import Progress
 
 MECHANISM = "dp_sgd"
+_MT19937_WORDS = slice(24, 24 + 624 * 8)  # in the bytes of a CPU generator's state
 CHECKPOINT = "dp_sgd.safetensors"
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 PIXELS_AT_ONCE = 16_000_000  # rows are built for blocks of units, to bound memory
@@ -152,7 +154,14 @@ def dp_sgd(
         if state is None:
             return 0
         about = load_checkpoint(state, net, optimizer, ema, owner=str(reservation.id))
-        return int(about.get("steps_applied", 0))
+        contained = int(about.get("steps_applied", 0))
+        if contained > reservation.begun(MECHANISM):
+            raise LedgerError(
+                f"{state} contains {contained} steps, more than the ledger knows of: an older copy of the ledger was "
+                "put back, and going on would not be charged in full. Put back the newest copy of the ledger, or "
+                "start again with another --out"
+            )
+        return contained
 
     def begin() -> None:
         assert reservation is not None
@@ -232,8 +241,7 @@ def _sum_over_batch(
 ) -> ClippedSum:
     """Clipped gradient sum of the chosen units; each of their K rows is an image drawn uniformly."""
     per_unit = plan.rows_per_unit
-    generator = torch.Generator(device=device)
-    generator.manual_seed(stream.seed())
+    generator = secret_generator(stream, device)
     total = empty_gradient_sum(net, plan.clip_norm)
     block = max(1, PIXELS_AT_ONCE // (per_unit * int(np.prod(private._images.shape[1:]))))
     for start in range(0, len(chosen), block):
@@ -250,6 +258,22 @@ def _sum_over_batch(
             )
         )
     return total
+
+
+def secret_generator(stream: SecureStream, device: torch.device) -> torch.Generator:
+    """A generator that nobody can guess: 64 secret bits on an accelerator, all 19,968 of its state on a CPU."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(stream.seed())
+    if device.type == "cpu":
+        state = generator.get_state()
+        words = state.numpy()[_MT19937_WORDS].view(np.uint64)  # each holds 32 bits
+        if len(words) != 624 or words[0] != generator.initial_seed() & 0xFFFFFFFF:
+            raise SfumatoError(
+                "this version of torch keeps its random state otherwise; use a version below it"
+            )
+        words[:] = stream.uniform64(624) >> np.uint64(32)
+        generator.set_state(state)
+    return generator
 
 
 def rows_of_units(
@@ -287,7 +311,7 @@ def _check(
     net: nn.Module, private: Any, plan: DPSGDPlan, make_rows: MakeRows, row_loss: RowLoss, engine: Engine
 ) -> None:
     device = next(net.parameters()).device
-    labels, per_unit = len(private.label_names), min(plan.rows_per_unit, 4)
+    labels, per_unit = len(private.label_names), plan.rows_per_unit  # as used: engines choose by it
     rows = random_rows(private.size, private.channels, labels, 3, per_unit, make_rows, device)
     selfcheck(net, row_loss, rows, engine)
 

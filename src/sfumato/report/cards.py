@@ -6,7 +6,7 @@ from typing import Any
 
 from sfumato.report.facts import ReleaseFacts, releasable_options
 from sfumato.report.html import TEMPLATES
-from sfumato.report.words import RELATIONS, UNITS, claim, event_text, guessing_limit, number
+from sfumato.report.words import RELATIONS, UNITS, claim, delta_claim, event_text, guessing_limit, number
 
 
 def card(facts: ReleaseFacts) -> str:
@@ -44,7 +44,7 @@ def card(facts: ReleaseFacts) -> str:
         facts=facts,
         statement=statement(certificate),
         epsilon=claim(certificate["epsilon"]),
-        delta=f"{certificate['delta']:.2g}",
+        delta=delta_claim(certificate["delta"]),
         relation=RELATIONS.get(certificate["relation"], certificate["relation"]),
         unit=UNITS.get(facts.unit, facts.unit),
         certain=guessing_limit(certificate["epsilon"], certificate["delta"]) > 0.95,

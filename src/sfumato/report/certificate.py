@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import LedgerError
 from sfumato.privacy.budget import ADD_OR_REMOVE_ONE, REPLACE_ONE, Amount, Relation
-from sfumato.report.words import RELATIONS, UNITS, claim
+from sfumato.report.words import RELATIONS, UNITS, claim, delta_claim
 
 if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
@@ -43,7 +43,8 @@ def certificate(
     """The content of privacy.json for a release made under these reservations (none: public data only).
 
     Args:
-        reservations: All that touched the private images for this release. Open ones count in full.
+        reservations: All that touched the private images for this release. Open ones count in full, and
+            one that is named twice counts once.
         unit: "image" or "group", what one neighbouring step adds or removes.
         relation: Always add-or-remove-one; the replace-one figure stands beside it.
         public_size: Declared or DP-counted number of units, never the true one.
@@ -55,6 +56,10 @@ def certificate(
     Returns:
         A JSON object. `epsilon` and `delta` are the sums over reservations; `epsilon_rdp` and
         `epsilon_replace_one` are null where no finite figure is proven.
+
+    Raises:
+        LedgerError: Another relation; or reservations under which nothing ever began: a release that needed
+            them was then made from answers that some other reservation, not named here, has paid for.
     """
     from sfumato.privacy.accounting import epsilon_of
     from sfumato.privacy.events import event_to_json
@@ -63,7 +68,7 @@ def certificate(
         raise LedgerError("certificates state add-or-remove-one and give replace-one beside it")
     parts, rdp, replaced = [], Fraction(0), Fraction(0)
     finite = {"rdp": True, "replaced": True}
-    for reservation in reservations:
+    for reservation in {each.id: each for each in reservations}.values():
         charged = [(plan, event) for plan, event in reservation.charged() if _costs(event)]
         if not charged:
             continue
@@ -81,6 +86,13 @@ def certificate(
         finite["replaced"] &= math.isfinite(by_replacing)
         rdp += Fraction(by_rdp) if math.isfinite(by_rdp) else 0
         replaced += Fraction(by_replacing) if math.isfinite(by_replacing) else 0
+    if reservations and not parts:
+        names = ", ".join(sorted({reservation.label for reservation in reservations}))
+        raise LedgerError(
+            f"the ledger knows of no work under the reservation(s) of this release ({names}), so what it was made "
+            "from was paid for elsewhere; nothing is certified. Put back the ledger that the run was started "
+            "with, or start again with another --out"
+        )
     out: dict[str, Any] = {
         "format": FORMAT,
         "unit": unit,
@@ -102,13 +114,13 @@ def certificate(
 
 
 def statement(certificate: Mapping[str, Any]) -> str:
-    """The guarantee in one sentence; epsilon is rounded up."""
+    """The guarantee in one sentence; epsilon and delta are rounded up."""
     unit = UNITS.get(certificate["unit"], certificate["unit"])
     if not certificate["reservations"]:
         return f"This release was made without the private images; it reveals nothing about any {unit}."
     relation = RELATIONS.get(certificate["relation"], certificate["relation"])
     return (
-        f"This release is (ε = {claim(certificate['epsilon'])}, δ = {certificate['delta']:.2g})-"
+        f"This release is (ε = {claim(certificate['epsilon'])}, δ = {delta_claim(certificate['delta'])})-"
         f"differentially private with respect to {relation} {unit}; the set of labels is taken as public."
     )
 

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 
 from sfumato.report.facts import OwnerFacts, ReleaseFacts, releasable_options
-from sfumato.report.words import RELATIONS, UNITS, claim, costs, event_text, guessing_limit, number
+from sfumato.report.words import (
+    RELATIONS,
+    UNITS,
+    claim,
+    costs,
+    delta_claim,
+    event_text,
+    guessing_limit,
+    number,
+)
 
 TEMPLATES = Path(__file__).parent / "templates"
 DISPLAY_PIXELS = 48  # side of one picture on the page
@@ -100,7 +109,7 @@ def _page(facts: ReleaseFacts) -> dict[str, Any]:
         "title": f"Synthetic images from {facts.private_description}",
         "facts": facts,
         "epsilon": claim(epsilon),
-        "delta": f"{delta:.2g}",
+        "delta": delta_claim(delta),
         "spent_nothing": not any(reservation["events"] for reservation in certificate["reservations"]),
         "statement": _statement(certificate),
         "factor": _factor(epsilon),
@@ -112,7 +121,7 @@ def _page(facts: ReleaseFacts) -> dict[str, Any]:
             (
                 reservation["label"],
                 claim(reservation["epsilon"]),
-                f"{reservation['delta']:.2g}",
+                delta_claim(reservation["delta"]),
                 [
                     (entry["mechanism"], entry.get("says", ""), event_text(entry["event"]))
                     for entry in reservation["events"]
@@ -160,7 +169,7 @@ def _numbers(certificate: dict[str, Any], unit: str) -> list[tuple[str, str, str
     relation = RELATIONS.get(certificate["relation"], certificate["relation"])
     rows = [
         ("ε (epsilon)", claim(certificate["epsilon"]), f"{relation} {unit}; the figure to quote"),
-        ("δ (delta)", f"{certificate['delta']:.2g}", "probability with which the bound may fail"),
+        ("δ (delta)", delta_claim(certificate["delta"]), "probability with which the bound may fail"),
     ]
     if certificate.get("epsilon_replace_one") is not None:
         rows.append(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from typing import Any
 
 RELATIONS = {
     "add_or_remove_one": "adding or removing one",
     "replace_one": "replacing one",
 }
+_TWO_DIGITS = Context(prec=2)
 UNITS = {"image": "image", "group": "group of images (all images of one person, artist or customer)"}
 
 
@@ -21,6 +23,16 @@ def claim(epsilon: float) -> str:
         exponent = math.floor(math.log10(epsilon)) - 1
         return f"{math.ceil(epsilon / 10**exponent - 1e-9) * 10**exponent:.1e}"
     return f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
+
+
+def delta_claim(delta: float) -> str:
+    """δ as text with two digits, rounded up: a report never claims less than was spent."""
+    if delta == 0:
+        return "0"
+    text = f"{Decimal(delta):.2g}"
+    if Decimal(text) < Decimal(delta) * (1 - Decimal("1e-9")):
+        text = f"{Decimal(text).next_plus(_TWO_DIGITS):.2g}"
+    return f"{float(text):.2g}"
 
 
 def number(value: float) -> str:
