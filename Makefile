@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/sfumato synthesize demo:digits --public demo:glyphs --epsilon 8 --out runs/demo
+	$(BIN)/sfumato synthesize demo:digits --public demo:glyphs --epsilon 8 --time-budget 8m --out runs/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
