@@ -132,7 +132,7 @@ class Generator:
         folder = _model_folder(source)
         try:
             settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-            network = UNet2DModel.from_pretrained(folder, use_safetensors=True)
+            network = UNet2DModel.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
             return cls(
                 network,
                 tuple(settings["label_names"]),
