@@ -8,6 +8,7 @@ import pytest
 from tyro.conf import Positional
 
 from sfumato.cli.parsing import field_help, parse
+from sfumato.errors import InputError
 from sfumato.synthesis.options import SynthesizeOptions
 
 
@@ -51,12 +52,25 @@ def test_arguments_win_over_what_is_given():
     assert parse(Sample, "prog", ["c", "--weight", "4"], given) == Sample("c", 4.0, "red", True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "--weight", "x"], ["a", "--weight", "1", "--nope"]])
-def test_bad_arguments_end_with_status_two(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--weight FLOAT"),
+        (["a"], "Missing from prog: --weight FLOAT; nothing was done. See `prog --help`."),
+        (["a", "--weight"], "'--weight'"),
+        (["a", "--weight", "x"], "--weight: could not convert string to float: 'x'"),
+        (["a", "--weight", "1", "--nope"], "Unrecognized options: --nope;"),
+        (["a", "--weight", "1", "--weigth", "2"], "--weight FLOAT"),
+        (["a", "b", "--weight", "1"], "b"),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(arguments, says, capsys):
+    with pytest.raises(InputError) as error:
         parse(Sample, "prog", arguments)
-    assert end.value.code == 2
-    assert capsys.readouterr().err
+    assert says in str(error.value) and "nothing was done" in str(error.value)
+    assert "\n" not in str(error.value) and "kg" not in str(error.value)
+    captured = capsys.readouterr()
+    assert not captured.err and not captured.out
 
 
 def test_a_field_without_help_is_a_defect():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
+
+from sfumato.errors import InputError
 
 Options = TypeVar("Options")
 
@@ -20,7 +24,10 @@ def parse(
 ) -> Options:
     """The options in `arguments`; `given` replaces defaults (values from a file), the arguments win over it.
 
-    Prints help or what is wrong and raises SystemExit (0 or 2) as command lines do.
+    Prints help and raises SystemExit(0) when asked for it.
+
+    Raises:
+        InputError: in one line, what is wrong with the arguments.
     """
     given = given or {}
     help_ = field_help(kind)
@@ -37,18 +44,44 @@ def parse(
             fields.append((field.name, annotated, dataclasses.field(default=field.default)))
     required_first = sorted(fields, key=len)
     shape = dataclasses.make_dataclass(kind.__name__, required_first)
-    values = tyro.cli(
-        shape,
-        prog=prog,
-        description=inspect.getdoc(kind),
-        args=[_plain(argument) for argument in arguments],
-        config=(
-            tyro.conf.FlagCreatePairsOff,
-            tyro.conf.DisallowNone,
-            tyro.conf.PositionalMetavarFromFieldName,
-        ),
-    )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            values = tyro.cli(
+                shape,
+                prog=prog,
+                description=inspect.getdoc(kind),
+                args=[_plain(argument) for argument in arguments],
+                config=(
+                    tyro.conf.FlagCreatePairsOff,
+                    tyro.conf.DisallowNone,
+                    tyro.conf.PositionalMetavarFromFieldName,
+                ),
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise InputError(
+            f"{_one_line(complaint.getvalue())}; nothing was done. See `{prog} --help`."
+        ) from None
     return kind(**vars(values))
+
+
+def _one_line(box: str) -> str:
+    """What a box of tyro's says: its sentences and the options it lists, without their help."""
+    said: list[str] = []
+    for line in box.replace("│", " ").splitlines():
+        text = line.strip()
+        indent = len(line) - len(line.lstrip())
+        if indent < 2 or not text.strip("─-"):  # the box's border, title and rules
+            continue
+        if "helptext" in text:
+            break
+        if indent <= 3:
+            said.append(text)
+        elif indent <= 7:  # an option's name; its help stands further in
+            said.append(text + ",")
+    return " ".join(said).rstrip(".,: ").replace("Expected 1 values", "It needs one")
 
 
 def field_help(kind: type) -> dict[str, str]:
