@@ -79,6 +79,21 @@ def test_a_full_disk_and_other_faults_of_the_system(capsys, verb):
     assert "secret.png: Permission denied" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        OSError("4096 requested and 12 written"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    ],
+)
+def test_a_full_disk_in_the_words_of_libraries(capsys, verb, said):
+    verb(raising(said))
+    assert main(["synthesize", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "the disk is full" in error and "free some space" in error and error.count("\n") == 1
+
+
 def test_out_of_memory(capsys, verb):
     verb(raising(MemoryError()))
     assert main(["synthesize", "x"]) == 2

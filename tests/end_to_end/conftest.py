@@ -33,9 +33,7 @@ def data(tmp_path_factory):
     return SimpleNamespace(
         folder=folder,
         private=str(TINY.write_images(folder / "secretname.npz", [0, 1], per_label=80, seed=1)),
-        unlabelled=str(
-            TINY.write_images(folder / "plain.npz", [0, 1], per_label=80, seed=1, labelled=False)
-        ),
+        unlabelled=str(TINY.write_images(folder / "plain.npz", [0, 1], per_label=80, seed=1, labelled=False)),
         public=str(TINY.write_images(folder / "atlas.npz", [0, 1, 2, 3], per_label=40, seed=2)),
         holdout=str(TINY.write_images(folder / "held.npz", [0, 1], per_label=20, seed=3)),
     )

@@ -86,7 +86,11 @@ def test_a_whole_run(complete, data, tiny, tmp_path, capsys):
     network = UNet2DModel.from_pretrained(out / "release" / "model")
     assert network.config.sample_size == 8
     images, labels = Generator.from_pretrained(out / "release" / "model").generate(4, seed=1)
-    assert images.shape == (4, 8, 8, 1) and labels.tolist() == [0, 0, 1, 1] and torch.is_tensor(network.dtype) is False
+    assert (
+        images.shape == (4, 8, 8, 1)
+        and labels.tolist() == [0, 0, 1, 1]
+        and torch.is_tensor(network.dtype) is False
+    )
     rows = load_dataset(
         "imagefolder", data_dir=str(out / "release" / "images"), split="train", cache_dir=str(tmp_path / "hf")
     )
@@ -106,7 +110,11 @@ def test_a_whole_run(complete, data, tiny, tmp_path, capsys):
         if file.is_file():
             content = file.read_bytes()
             assert not file.is_symlink() and "internal" not in file.parts[len(out.parts) :]
-            found = [word for word in secret[: 5 if file.suffix == ".safetensors" else None] if word.encode() in content]
+            found = [
+                word
+                for word in secret[: 5 if file.suffix == ".safetensors" else None]
+                if word.encode() in content
+            ]
             if file.suffix in (".png", ".safetensors"):
                 found = [word for word in found if not word.isdigit()]
             if file.name == "report.html":
@@ -157,7 +165,10 @@ def test_images_without_labels(data, tiny, tmp_path, capsys):
 
 def test_dpdm_needs_no_public_images(data, tiny, tmp_path, capsys):
     out = tmp_path / "run"
-    assert tiny("synthesize", data.private, "--method", "dpdm", "--epsilon", 2, "--num-images", 6, "--out", out) == 0
+    assert (
+        tiny("synthesize", data.private, "--method", "dpdm", "--epsilon", 2, "--num-images", 6, "--out", out)
+        == 0
+    )
     claim = certificate(out)
     assert [e["mechanism"] for e in claim["reservations"][1]["events"]][-1] == "dp_sgd"
     assert claim["epsilon"] <= 2 * (1 + 1e-9)
@@ -170,10 +181,15 @@ def test_public_only_costs_nothing(data, tiny, tmp_path, capsys):
                  "--num-images", 6, "--out", out)  # fmt: skip
     assert tiny(*arguments) == 0
     claim = certificate(out)
-    assert claim["epsilon"] == 0 and claim["reservations"] == [] and "public_size" not in {
-        name for name, value in claim.items() if value is not None
-    }
-    assert capsys.readouterr().out.splitlines()[0] == claim["statement"] and "without the private images" in claim["statement"].lower()
+    assert (
+        claim["epsilon"] == 0
+        and claim["reservations"] == []
+        and "public_size" not in {name for name, value in claim.items() if value is not None}
+    )
+    assert (
+        capsys.readouterr().out.splitlines()[0] == claim["statement"]
+        and "without the private images" in claim["statement"].lower()
+    )
     assert Ledger.open(out / "internal" / "ledger.db").reservations() == []
     assert tiny("ledger", "verify", out / "release") == 0
 
@@ -202,5 +218,8 @@ def test_a_dry_run_opens_no_private_image(data, tiny, tmp_path, capsys, monkeypa
     said = capsys.readouterr().out
     assert "DP-SGD: 6 steps" in said and "1,000 units (--public-size), 4 labels" in said
     assert "no budget was spent" in said and not out.exists()
-    assert tiny("synthesize", "demo:digits", "--public", "demo:glyphs", "--epsilon", 2, "--size", 8, "--dry-run") == 0
+    assert (
+        tiny("synthesize", "demo:digits", "--public", "demo:glyphs", "--epsilon", 2, "--size", 8, "--dry-run")
+        == 0
+    )
     assert "about 1000 units a step" in (said := capsys.readouterr().out) and "assumed" not in said

@@ -16,11 +16,14 @@ from sfumato.errors import SfumatoError
 
 VERBS = {
     "synthesize": "make a differentially private image set from sensitive images",
-    "generate": "make more images with a released model; free",
-    "plan": "what a privacy and a time budget buy; reads no private data",
-    "ledger": "create, show, verify or close the account of a protected data set",
-    "checks": "versions, machine settings, self-test of the gradient engine",
+    "generate": "make more images with a released model; costs no budget",
+    "plan": "show what a privacy and a time budget buy; reads no private data",
+    "ledger": "create, show, verify or close the privacy account of a set of images",
+    "checks": "show versions and machine settings, and test the gradient engine here",
 }
+
+# What libraries that are not written in Python say of a full disk, in exceptions of their own.
+FULL = ("No space left on device", "database or disk is full")
 
 HELP = """usage: sfumato VERB [options]
 
@@ -72,12 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "out of memory. Nothing written so far is lost and what was begun stays charged to the ledger; "
             "run the same command again on a machine with more memory, or with a smaller --size."
         )
+    except Exception as error:
+        if not any(words in str(error) for words in FULL):
+            raise  # a defect: its traceback is what a bug report needs
+        return _error(_operating_system(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
 
 
 def _operating_system(error: OSError) -> str:
     kept = "Nothing written so far is lost, and the ledger shows what was spent"
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "requested and" in str(error)):
         return f"{where}the disk is full. {kept}; free some space and run the same command again."
     return f"{where}{error.strerror or error}. {kept}; put it right and run the same command again."
 

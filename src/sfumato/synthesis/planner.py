@@ -164,7 +164,10 @@ def make_plan(
     from sfumato.privacy.dp_sgd import DPSGDPlan
 
     if units < 2:
-        raise InputError(f"{units} private unit(s): differential privacy cannot hide one in so few")
+        raise InputError(
+            f"{units} private unit(s), as declared or by a noisy count: differential privacy cannot hide one in so "
+            "few; no budget was spent. Collect more images, or declare their number (--public-size)"
+        )
     if preset.time_bound and budget.epsilon < NOISE_FOR_EPSILON:
         scale = NOISE_FOR_EPSILON / budget.epsilon
         preset = replace(

@@ -177,7 +177,7 @@ def _run(
         if fresh and "synthesize" not in labels and not (folder.checkpoints / "public").exists():
             folder.give_up(charged=bool(labels))
         if labels and "no budget was spent" in str(error):
-            said = "only what the ledger shows was spent (the same command goes on from there)"
+            said = "nothing was spent but what `sfumato ledger show` lists"
             raise type(error)(str(error).replace("no budget was spent", said)) from None
         raise
     pictures, targets = _generated(folder, options, model)
