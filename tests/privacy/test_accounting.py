@@ -6,6 +6,7 @@ import logging
 import math
 import time
 
+import numpy as np
 import pytest
 from dp_accounting.dp_event import (
     ComposedDpEvent,
@@ -91,6 +92,33 @@ def test_replace_one_of_sampled_steps_lies_between_one_and_two_steps():
     once, replaced = epsilon_of(events, 1e-5), epsilon_of(events, 1e-5, relation=REPLACE_ONE)
     by_group = 2 * epsilon_of(events, 1e-5 / (1 + math.exp(once * 1.5)))
     assert once < replaced <= by_group
+
+
+@pytest.mark.parametrize(("q", "sigma", "delta"), [(0.25, 1.0, 1e-4), (0.5, 0.7, 1e-3), (0.05, 1.5, 1e-5)])
+def test_replace_one_of_a_sampled_step_covers_units_in_any_direction(q, sigma, delta):
+    """Two-dimensional neighbours by brute force: none costs more than the accounted pair, and that pair is met."""
+    epsilon = epsilon_of([PoissonSampledDpEvent(q, GaussianDpEvent(sigma))], delta, relation=REPLACE_ONE)
+    grid = np.linspace(-8 * sigma - 1, 8 * sigma + 1, 801)
+    across, up = np.meshgrid(grid, grid)
+    area = (grid[1] - grid[0]) ** 2
+
+    def density(x: float, y: float) -> np.ndarray:
+        at = np.exp(-((across - x) ** 2 + (up - y) ** 2) / (2 * sigma**2))
+        without = np.exp(-(across**2 + up**2) / (2 * sigma**2))
+        return ((1 - q) * without + q * at) / (2 * math.pi * sigma**2)
+
+    def spent(first: np.ndarray, second: np.ndarray) -> float:
+        return float(np.maximum(first - math.exp(epsilon) * second, 0).sum() * area)
+
+    one = density(1, 0)
+    deltas = {
+        (length, angle): max(spent(one, other), spent(other, one))
+        for length in (1.0, 0.5, 0.0)
+        for angle in (math.pi, 2.5, 1.0)
+        for other in [density(length * math.cos(angle), length * math.sin(angle))]
+    }
+    assert max(deltas.values()) <= delta * 1.001
+    assert deltas[1.0, math.pi] >= delta * 0.99
 
 
 @pytest.mark.parametrize("epsilon, count", [(0.1, 1), (0.1, 10), (1.0, 3)])

@@ -117,7 +117,10 @@ def statement(certificate: Mapping[str, Any]) -> str:
     """The guarantee in one sentence; epsilon and delta are rounded up."""
     unit = UNITS.get(certificate["unit"], certificate["unit"])
     if not certificate["reservations"]:
-        return f"This release was made without the private images; it reveals nothing about any {unit}."
+        return (
+            "This release was made without the private images; apart from the set of labels, which is taken as "
+            f"public, it reveals nothing about any {unit}."
+        )
     relation = RELATIONS.get(certificate["relation"], certificate["relation"])
     return (
         f"This release is (ε = {claim(certificate['epsilon'])}, δ = {delta_claim(certificate['delta'])})-"
