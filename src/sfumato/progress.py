@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -15,17 +16,19 @@ class Progress:
     >>> with Progress("dp-sgd", total=100, unit="steps") as progress:
     ...     progress.advance(1, note="loss 0.31")
 
-    Notes must be public values: what is shown may be logged anywhere.
+    Notes must be public values: what is shown may be logged anywhere. Of several processes started together
+    (torchrun) only the first shows anything.
     """
 
     def __init__(self, description: str, total: int, unit: str = "") -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done, self.note = 0, ""
         self._bar = None
+        self._silent = os.environ.get("RANK", "0") != "0"
 
     def __enter__(self) -> Progress:
         self._start = self._last_line = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._silent:
             from rich.console import Console
             from rich.progress import (
                 BarColumn,
@@ -66,6 +69,8 @@ class Progress:
             self._print_line(time.monotonic())
 
     def _print_line(self, now: float) -> None:
+        if self._silent:
+            return
         elapsed = now - self._start
         left = elapsed / self.done * (self.total - self.done) if self.done else float("nan")
         tail = f", {left:.0f} s left" if self.done < self.total else ""

@@ -50,7 +50,8 @@ def event_text(event: dict[str, Any]) -> str:
     if kind == "LaplaceDpEvent":
         return f"Laplace noise, multiplier {number(event['noise_multiplier'])}"
     if kind == "DiscreteLaplaceDpEvent":
-        return f"discrete Laplace noise, ε {number(event['noise_parameter'] * event['sensitivity'])}"
+        scale, pure = 1 / event["noise_parameter"], event["noise_parameter"] * event["sensitivity"]
+        return f"discrete Laplace noise of scale {number(scale)}, ε {number(pure)} with δ 0"
     if kind == "PoissonSampledDpEvent":
         inner = event_text(event["event"])
         return f"Poisson sample with probability {number(event['sampling_probability'])}, {inner}"

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import tempfile
@@ -229,10 +230,9 @@ class PrivImage:
                 "spent and the answer is lost. `sfumato ledger close LEDGER ID --outputs-unseen` gives back what "
                 "never began; then start again with another --out, on a ledger with budget left"
             )
-        value = ask()
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, value, allow_pickle=False)
-        os.replace(partial, path)
+        value, content = ask(), io.BytesIO()
+        np.save(content, value, allow_pickle=False)
+        _write(path, content.getvalue())
         return value
 
     def _select(self, private: ProtectedImages, public: PublicImages, reservation: Any) -> None:
