@@ -85,7 +85,7 @@ def test_events_in_words():
         "1,500 × (Poisson sample with probability 0.25, Gaussian noise, multiplier 50)"
     )
     laplace = {"type": "DiscreteLaplaceDpEvent", "noise_parameter": 0.1, "sensitivity": 1}
-    assert event_text(laplace) == "discrete Laplace noise, ε 0.1"
+    assert event_text(laplace) == "discrete Laplace noise of scale 10, ε 0.1 with δ 0"
     assert event_text({"type": "NonPrivateDpEvent"}) == "NOT PRIVATE"
     assert "Strange" in event_text({"type": "Strange", "value": 3})
 

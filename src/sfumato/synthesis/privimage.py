@@ -358,9 +358,10 @@ class PrivImage:
 
     def _stage(self, name: str, started: float, detail: str) -> None:
         """Remember a stage on disk: a resumed run does not repeat it, its report still tells of it."""
-        before = sum(stage.seconds for stage in self.stages if stage.name == name)
-        stage = Stage(name, before + time.monotonic() - started, detail)
-        self.stages = [*(other for other in self.stages if other.name != name), stage]
+        stages = {stage.name: stage for stage in self.stages}
+        before = stages[name].seconds if name in stages else 0.0
+        stages[name] = Stage(name, before + time.monotonic() - started, detail)
+        self.stages = list(stages.values())
         _write(
             self.work_dir / "stages.json", json.dumps([dataclasses.asdict(s) for s in self.stages]).encode()
         )
