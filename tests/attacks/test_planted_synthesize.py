@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sfumato.data.images import ProtectedImages, PublicImages
+from sfumato.errors import InputError, LedgerError
 from sfumato.privacy import mechanisms
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
@@ -219,3 +220,46 @@ def test_noise_from_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         SecureStream, "gaussian", lambda self, shape: np.random.default_rng(0).standard_normal(shape)
     )
     assert differs_between_runs(tmp_path)[:2] == [False, False]
+
+
+# --- rule 15: what one account paid for is not certified, or gone on from, under another
+
+
+def another_account(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder, size=60, ledger="b.db")
+
+
+def an_account_in_which_the_run_is_unknown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "work" / "run.json").unlink()
+    run(folder, size=60, ledger="a.db", total=Budget(100, 1e-3))
+
+
+def an_older_copy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger from before the last step."""
+    from sfumato.privacy.ledger import Reservation
+
+    real = Reservation.begun
+    monkeypatch.setattr(
+        Reservation,
+        "begun",
+        lambda self, name: min(real(self, name), 1) if name == "dp_sgd" else real(self, name),
+    )
+    run(folder, size=60, ledger="a.db", total=Budget(100, 1e-3))
+
+
+def a_smaller_budget(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(folder, size=60, ledger="a.db", total=Budget(100, 1e-3), budget=Budget(1, 1e-5))
+
+
+@pytest.mark.parametrize(
+    "resume", [another_account, an_account_in_which_the_run_is_unknown, an_older_copy, a_smaller_budget]
+)
+def test_a_run_goes_on_only_under_what_paid_for_it(
+    resume: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model, account = run(tmp_path, size=60, ledger="a.db", total=Budget(100, 1e-3))
+    claim = certified(model, account)
+    again, account = run(tmp_path, size=60, ledger="a.db", total=Budget(100, 1e-3))
+    assert certified(again, account) == claim
+    with pytest.raises((LedgerError, InputError)):
+        resume(tmp_path, monkeypatch)

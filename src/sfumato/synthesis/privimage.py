@@ -28,10 +28,11 @@ from sfumato.diffusion.edm import EDM
 from sfumato.diffusion.generator import Generator
 from sfumato.diffusion.sampling import Sampler
 from sfumato.diffusion.training import TrainingPlan, train
-from sfumato.errors import BudgetError, InputError
+from sfumato.errors import BudgetError, InputError, LedgerError
 from sfumato.machine import best_defaults
 from sfumato.privacy import mechanisms
 from sfumato.privacy.budget import Budget, delta_warning
+from sfumato.privacy.dp_sgd import MECHANISM as DP_SGD
 from sfumato.privacy.dp_sgd import dp_sgd
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.per_unit import Engine
@@ -120,6 +121,7 @@ class PrivImage:
         path = self.work_dir / "plan.json"
         if path.exists():
             self.plan = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+            self._same_run(path, spent)
         else:
             speeds = measure_speeds(
                 self.network, self.edm, size=private.size, channels=private.channels, autocast=self._autocast
@@ -140,6 +142,15 @@ class PrivImage:
         if units is not None and (warning := delta_warning(self.budget.delta, units)):
             self.warnings.append(warning)
         return self.plan
+
+    def _same_run(self, path: Path, spent: float) -> None:
+        planned = self.plan.method, self.plan.epsilon, self.plan.delta
+        if planned != (self.method, self.budget.epsilon - spent, self.budget.delta):
+            raise InputError(
+                f"{path} holds the plan of a run by {self.plan.method} for epsilon {self.plan.epsilon + spent:g}, "
+                f"delta {self.plan.delta:g}; no budget was spent now. Repeat that run to resume it, or use another "
+                "folder"
+            )
 
     def fit(self, private: ProtectedImages, public: PublicImages | None = None) -> PrivImage:
         """Learn the generator. Calling again with the same `work_dir` goes on where it stopped.
@@ -223,6 +234,7 @@ class PrivImage:
         """A one-shot mechanism's released value: from its file when it has been asked, else asked and saved."""
         path = self.work_dir / f"{mechanism}.npy"
         if path.exists():
+            self._paid_here(path, mechanism, reservation, 1)
             return np.load(path, allow_pickle=False)
         if reservation.begun(mechanism):
             raise BudgetError(
@@ -234,6 +246,15 @@ class PrivImage:
         np.save(content, value, allow_pickle=False)
         _write(path, content.getvalue())
         return value
+
+    def _paid_here(self, path: Path, mechanism: str, reservation: Any, units: int) -> None:
+        """Refuse to go on from what this reservation did not pay for: it would be left out of the certificate."""
+        if reservation.begun(mechanism) < units:
+            raise LedgerError(
+                f"{path} was made under another reservation than the ledger has for this run: another ledger, or an "
+                "older copy of it, or run.json is gone. Put back the ledger that the run was started with, or start "
+                "again with another --out; no budget was spent"
+            )
 
     def _select(self, private: ProtectedImages, public: PublicImages, reservation: Any) -> None:
         started, p = time.monotonic(), self.plan.preset
@@ -321,10 +342,11 @@ class PrivImage:
     def _train_privately(self, private: ProtectedImages, reservation: Any) -> None:
         started, p, no_label = time.monotonic(), self.plan.preset, len(private.label_names)
         done = self.work_dir / "private"
+        plan = self.plan.dp_sgd()
         if (done / "config.json").exists():
+            self._paid_here(done, DP_SGD, reservation, plan.steps)
             self._load(done)
             return
-        plan = self.plan.dp_sgd()
 
         def make_rows(
             images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator

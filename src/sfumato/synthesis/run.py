@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sfumato.data.duplicates import near_duplicates
 from sfumato.data.images import OwnerImages, ProtectedImages, PublicImages
 from sfumato.data.release import InternalWriter, ReleaseWriter
 from sfumato.data.sources import default_holdout, open_source
@@ -191,6 +192,13 @@ def _run(
         own=lambda: OwnerImages(options.private, **private_images),
         remembered=folder.checkpoints / "accuracy.json",
     )  # fmt: skip
+    if public is not None:
+        found = near_duplicates(OwnerImages(options.private, **private_images), public).value
+        if (count := int((found >= 0).sum())) > 0:
+            owner.notes.append(
+                f"{count} of the private images look almost the same as a public one. Public images are not "
+                "protected: take those out of the public set, or know that the release may show them."
+            )
     internal.text("report.html", internal_report(facts, owner))
     rows = [dataclasses.asdict(row) for row in owner.accuracy]
     internal.json("evaluation.json", {"accuracy": rows, "notes": owner.notes})

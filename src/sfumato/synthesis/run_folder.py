@@ -16,7 +16,7 @@ from sfumato.synthesis.options import SynthesizeOptions
 
 NOT_OF_THE_RUN = ("config", "dry_run", "out")
 AFTER_THE_RELEASE = ("holdout",)  # only measures what is released
-OF_THE_COUNT = ("private", "epsilon", "delta", "unit", "ledger", "skip_unreadable")
+OF_THE_COUNT = ("private", "epsilon", "delta", "unit", "ledger", "skip_unreadable", "public_size")
 
 
 class RunFolder:
