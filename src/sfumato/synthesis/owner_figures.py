@@ -16,11 +16,11 @@ from sfumato.data.images import OwnerImages, ProtectedImages
 from sfumato.errors import InputError
 from sfumato.evaluation.downstream import downstream_accuracy
 from sfumato.report.facts import AccuracyRow, OwnerFacts
+from sfumato.synthesis.planner import FLOOR_IMAGES
 from sfumato.synthesis.privimage import PrivImage
 
 CLASSIFIERS = {"privimage": 4, "public-only": 3, "dpdm": 2}  # trained by `figures`, with a labelled holdout
 CLASSIFIER_IMAGES = 4_000
-FLOOR_IMAGES = 2_000
 NO_HOLDOUT = "No labelled holdout was given (--holdout), so nothing was measured on real images."
 
 Images = tuple[np.ndarray, np.ndarray]

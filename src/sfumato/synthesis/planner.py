@@ -22,6 +22,7 @@ SAFETY = (
     0.92  # share of the time budget that is planned; the rest covers start-up, reports and a busy machine
 )
 SECONDS_PER_CLASSIFIER = 12.0  # of 28x28 pixels; smaller images take less
+FLOOR_IMAGES = 2_000
 NOISE_FOR_EPSILON = 8.0  # the presets' query and mean-image noise; smaller budgets get more in proportion
 
 
@@ -158,7 +159,8 @@ def make_plan(
     With few epochs to spend, steps come first up to the preset's ceiling, then noise levels; q shrinks only
     when even the fewest steps would not fit. The noise multiplier is the least whose PLD epsilon (query, mean
     images and DP-SGD composed) is within `budget`. Raises InputError when the time or the budget is too
-    small.
+    small. With `classifiers` to measure the result, time is kept for them and for FLOOR_IMAGES images of
+    the generator before DP-SGD.
     """
     from sfumato.privacy.accounting import calibrate
     from sfumato.privacy.dp_sgd import DPSGDPlan
@@ -192,7 +194,8 @@ def make_plan(
     public_steps, public_seconds = preset.public_steps, None
     if preset.time_bound:
         area = preset.size**2 / 784
-        around = generation + classifiers * (2 + SECONDS_PER_CLASSIFIER * area)
+        floor = FLOOR_IMAGES * calls / speeds.denoised_rows if query and classifiers else 0.0
+        around = generation + floor + classifiers * (2 + SECONDS_PER_CLASSIFIER * area)
         around += preset.query_steps * 0.03 * area if query else 0
         left = SAFETY * seconds - around
         if left < max(0.2 * seconds, 5):
