@@ -28,9 +28,13 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(ChecksOptions, "sfumato checks", arguments)
     from dataclasses import asdict
 
+    import torch
+
     from sfumato.machine import best_defaults, machine_report
 
-    report = machine_report() | {"chosen_by_measurement": asdict(best_defaults())}
+    report, chosen = machine_report(), best_defaults()
+    report["chosen_by_measurement"] = asdict(chosen)
+    torch.set_num_threads(chosen.threads)  # as a run does
     tests = [self_test(engine) for engine in ENGINES]
     passed = all(test["ok"] for test in tests)
     if options.json:
