@@ -248,3 +248,9 @@ def test_a_run_folder_where_a_file_is(scans, tiny, tmp_path, capsys):
     )
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("sfumato: error:") and "file" in line
+
+
+def test_several_processes_at_once_are_refused(scans, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refused(scans)
+    assert "runs as one process" in line and "no budget was spent" in line

@@ -22,7 +22,7 @@ class PlanOptions:
     """Number of private units (images, or groups) to plan for; a public figure or a guess, above 1."""
 
     epsilon: float
-    """Privacy budget ε, for adding or removing one unit; above 0."""
+    """Privacy budget ε: for adding or removing one unit. A number above 0: below 1 is strong, 10 is weak."""
 
     delta: float | None = None
     """Probability δ with which the ε bound may fail. Default: 1/(n·ln n), n the units, never above n^-1.1."""
@@ -37,16 +37,16 @@ class PlanOptions:
     """Wall-clock time the run may take on this machine: 90s, 10m, 2h."""
 
     size: int | None = None
-    """Side of the square images, in pixels. Default: the preset's, else 28."""
+    """Side of the square images, in pixels. Default: the preset's."""
 
     channels: Literal[1, 3] | None = None
-    """Colour channels: 1 (grey) or 3 (RGB). Default: the preset's, else 1."""
+    """Colour channels: 1 (grey) or 3 (RGB). Default: the preset's."""
 
     labels: int = 10
     """Number of labels; 1 for a set without labels."""
 
     public_classes: int | None = None
-    """Number of classes in the public set. Default: enough of them."""
+    """Number of classes in the public set. Default: as many as the preset can use."""
 
     num_images: int | None = None
     """How many synthetic images to write. Default: the preset's, else as many as the units."""

@@ -35,47 +35,47 @@ class SynthesizeOptions:
     idx(.gz), demo:digits, demo:glyphs, fashion-mnist, or hf:NAME."""
 
     epsilon: float
-    """Privacy budget ε of this run, for adding or removing one unit. No unit of measurement, above 0;
-    below 1 is strong, 10 is weak. `public-only` spends none of it."""
+    """Privacy budget ε: how much the release may tell anybody about one unit (see --unit), for adding or
+    removing it. A number above 0: below 1 is strong, 10 is weak. `public-only` spends none of it."""
 
     public: str | None = None
-    """Public images with labels, in any form PRIVATE may have. Default: none (then only `dpdm` can
-    run)."""
+    """Images that harm nobody, with labels, in any form PRIVATE may have; the more they look like the
+    sensitive ones, the better. Default: none (then only `--method dpdm` can run)."""
 
     delta: float | None = None
-    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n) for a public size n, never above
-    n^-1.1; without a public size 1e-6; for the demo 1e-5."""
+    """Probability δ with which the ε bound may fail; has to be well below 1 / number of units. Default:
+    1/(n·ln n) for a public size n, never above n^-1.1; without a public size 1e-6; for the demo 1e-5."""
 
     method: Method = "privimage"
-    """privimage: select public classes privately, train on them, then DP-SGD. dpdm: DP-SGD without public
-    images. public-only: the public images alone, costs no budget; the floor to compare with."""
+    """privimage: ask privately which public classes are alike, train on them, then train on the sensitive
+    images with noise (DP-SGD). dpdm: DP-SGD alone, without public images. public-only: the public images
+    alone; costs no budget, and is what every result should be compared with."""
 
     preset: Preset | None = None
-    """A named set of training settings, `paper-…` being the published ones. Options given beside it win.
-    Default: chosen from the time budget."""
+    """A named set of training settings, `paper-…` being the published ones (these want an accelerator).
+    Options given beside it win. Default: that of the data where there is one, else the demo's."""
 
     size: int | None = None
-    """Side of the square images that are trained and written, in pixels. Default: the preset's, else
-    28."""
+    """Side of the square images that are trained and written, in pixels. Default: the preset's."""
 
     channels: Literal[1, 3] | None = None
-    """Colour channels: 1 (grey) or 3 (RGB). Default: the preset's, else 1."""
+    """Colour channels: 1 (grey) or 3 (RGB). Default: the preset's."""
 
     unit: Unit = "image"
-    """What one neighbouring step adds or removes: one image, or all images of one `group_id` in
-    metadata.jsonl (patient, artist, customer)."""
+    """What is protected as a whole: each image by itself, or all images of one `group_id` in metadata.jsonl
+    together (a patient, an artist, a customer)."""
 
     public_size: int | None = None
-    """Number of units, when it is public knowledge. Default: not public, and a noisy count is bought with
-    a small part of ε."""
+    """Number of units, when it is no secret. Default: taken as secret, and a noisy count is bought with a
+    fiftieth of ε."""
 
     num_images: int | None = None
     """How many synthetic images to write. Default: the preset's, else as many as the public size or noisy
     count."""
 
     time_budget: str = "10m"
-    """Wall-clock time the run should take on this machine: 90s, 10m, 2h. The planner chooses batch, steps
-    and noise levels to fit."""
+    """Wall-clock time the run should take on this machine: 90s, 10m, 2h, 1h30m. Steps and batches are
+    chosen to fit; more time makes better images, ε stays the same."""
 
     guidance: float | None = None
     """Classifier-free guidance weight when sampling, a factor; 1 is none, larger makes labels clearer and
@@ -102,12 +102,12 @@ class SynthesizeOptions:
     """Go on without private files that cannot be read. Default: stop before any budget is spent."""
 
     dry_run: bool = False
-    """Print the plan (noise, steps, time) and stop before the sensitive images are used. Costs
-    nothing."""
+    """Print the plan (noise, steps, time) and stop. The sensitive images are not opened, nothing is
+    spent."""
 
     config: str | None = None
     """YAML file with any of these options, e.g. the config.yaml of an earlier run. The command line wins
-    over it."""
+    over it. Default: none."""
 
     def check(self) -> None:
         """Refuse values that can never work, before anything heavy is imported.

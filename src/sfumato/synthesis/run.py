@@ -66,6 +66,11 @@ def synthesize(options: SynthesizeOptions) -> SynthesizeResult | None:
     """
     started = time.monotonic()
     options.check()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "`sfumato synthesize` runs as one process, and several were started (WORLD_SIZE); no budget was spent. "
+            "Start it without torchrun"
+        )
     options = replace(
         options, public_size=options.units, holdout=options.holdout or default_holdout(options.private)
     )
