@@ -107,7 +107,7 @@ def _hint(field: dataclasses.Field[Any], given: dict[str, Any]) -> str:
         return f"(from the file: {given[field.name]})"
     if field.default is dataclasses.MISSING:
         return "(required)"
-    if field.default is None:
+    if field.default is None or field.default == "":
         return ""
     return f"(default: {'off' if field.default is False else field.default})"
 
