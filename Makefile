@@ -43,7 +43,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 test: lint
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # Exact versions of what .venv holds, without the project itself and without local build tags (torch's +cpu).
 lock: $(STAMP)

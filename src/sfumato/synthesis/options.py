@@ -81,6 +81,10 @@ class SynthesizeOptions:
     """Classifier-free guidance weight when sampling, a factor; 1 is none, larger makes labels clearer and
     images more alike. Default: the preset's."""
 
+    warm_up: int | None = None
+    """Number of differentially private mean images for each label that training starts from (DP-FETA), paid
+    for out of ε; 0 is none. Default: the preset's, 0."""
+
     ledger: str | None = None
     """The account that this run is charged to: a file, or an SQLAlchemy URL. Keep ONE ledger for one set
     of sensitive images, whatever is run on it. Default: OUT/internal/ledger.db, which knows of this run
@@ -125,6 +129,7 @@ class SynthesizeOptions:
             value = getattr(self, name)
             _must(value is None or value >= 1, "--" + name.replace("_", "-"), value, "1 or more")
         _must(self.guidance is None or self.guidance >= 0, "--guidance", self.guidance, "0 or more")
+        _must(self.warm_up is None or 0 <= self.warm_up <= 50, "--warm-up", self.warm_up, "between 0 and 50")
         seconds(self.time_budget)
         if self.delta is not None and self.units is not None and self.delta >= 1 / self.units:
             raise InputError(

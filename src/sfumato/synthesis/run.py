@@ -271,6 +271,8 @@ def _preset(options: SynthesizeOptions) -> Preset:
         for name in ("size", "channels", "guidance", "num_images")
         if (value := getattr(options, name)) is not None
     }
+    if options.warm_up is not None:
+        given["means_per_label"] = options.warm_up
     return replace(preset, **given)
 
 
