@@ -9,7 +9,7 @@ from sfumato.privacy.budget import Budget
 from sfumato.synthesis.planner import FEWEST_STEPS, Plan, Speeds, make_plan
 from sfumato.synthesis.presets import PRESETS, preset_for
 
-SPEEDS = Speeds(public_rows=700, private_rows=400, denoised_rows=1500)
+SPEEDS = Speeds(public_rows=700, private_rows=400, denoised_rows=6000)
 BUDGET = Budget(8.0, 1e-5)
 
 
