@@ -230,8 +230,7 @@ def _fit(q: float, steps: int, levels: int, units: int, rows: float) -> tuple[fl
     """Spend `rows` gradient rows: the largest K and T up to the ceilings, K at least 1, T at least the fewest."""
     per_step = q * units
     fewest = min(FEWEST_STEPS, steps)
-    enough = min(steps, 60)  # below this many steps, more steps help more than more noise levels
-    levels = max(1, min(levels, math.floor(rows / (per_step * enough))))
+    levels = max(1, min(levels, math.floor(rows / (per_step * steps))))
     fitting = math.floor(rows / (per_step * levels))
     if fitting < fewest:
         q = q * fitting / fewest if fitting else rows / (fewest * units)

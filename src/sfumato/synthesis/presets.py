@@ -52,9 +52,9 @@ class Preset:
 
 
 PRESETS = {
-    "demo": Preset(size=16, num_images=3000, most_steps=100, guidance=1.2),
+    "demo": Preset(size=16, num_images=3000, most_steps=64, guidance=1.2),
     "fashion-mnist": Preset(
-        size=16, num_images=6000, sampling_probability=0.02, most_steps=300, query_noise=50.0, guidance=1.2
+        size=16, num_images=4000, sampling_probability=0.005, most_steps=400, query_noise=50.0, guidance=1.2
     ),
     "cifar10": Preset(
         size=32, channels=3, network="medium", num_images=5000, sampling_probability=0.1, query_noise=100.0
