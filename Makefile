@@ -8,6 +8,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LEAN := $(VENV)/.installed-demo
 TORCH := torch==2.13.0
 CANDIDATES := python3.11 python3.12 python3.13 python3
 MODERN := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
@@ -34,8 +35,15 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
 	@touch $@
 
-demo: $(STAMP)
-	$(BIN)/sfumato synthesize demo:digits --public demo:glyphs --epsilon 8 --time-budget 8m --out runs/demo
+# The demo needs no tools for tests; `make install` or `make test` add them.
+$(LEAN): pyproject.toml constraints.txt | $(BIN)/python
+	@test $(STAMP) -nt pyproject.toml -a $(STAMP) -nt constraints.txt || { \
+	  $(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) && \
+	  $(BIN)/python -m pip install -c constraints.txt -e '.[demo]'; }
+	@touch $@
+
+demo: $(LEAN)
+	$(BIN)/sfumato synthesize demo:digits --public demo:glyphs --epsilon 8 --time-budget 450s --out runs/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
