@@ -8,27 +8,29 @@ from typing import Any
 from sfumato.errors import InputError
 
 NORM_GROUPS = 8
-EMBEDDING = 128  # least width of the embedding of noise level and label
+ADAPTIVE_EMBEDDING = 128
 
 
 @dataclass(frozen=True)
 class Size:
     """Channel widths from the finest level down, residual blocks per level, attention at the coarsest level.
 
-    Noise level and label scale and shift the features of every block; the published network only shifts them.
+    adaptive: noise level and label scale and shift the features of every block, through an embedding of at
+    least 128; otherwise they shift them only, as in the published network.
     """
 
     widths: tuple[int, ...]
     blocks: int = 1
     attention: bool = False
-    scale_shift: bool = True
+    adaptive: bool = False
 
 
 SIZES = {
     "tiny": Size((16, 32, 32)),
+    "tiny-adaptive": Size((16, 32, 32), adaptive=True),
     "small": Size((24, 48, 64)),
     "medium": Size((32, 64, 64)),
-    "paper": Size((32, 64, 64), blocks=2, attention=True, scale_shift=False),
+    "paper": Size((32, 64, 64), blocks=2, attention=True),
     "large": Size((64, 128, 128), blocks=2, attention=True),
 }
 
@@ -61,8 +63,8 @@ def unet(name: str, *, size: tuple[int, int], channels: int, num_labels: int) ->
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         add_attention=chosen.attention,
         norm_num_groups=NORM_GROUPS,
-        time_embedding_dim=max(EMBEDDING, 4 * widths[0]),
-        resnet_time_scale_shift="scale_shift" if chosen.scale_shift else "default",
+        time_embedding_dim=max(ADAPTIVE_EMBEDDING, 4 * widths[0]) if chosen.adaptive else None,
+        resnet_time_scale_shift="scale_shift" if chosen.adaptive else "default",
         num_class_embeds=num_labels + 1,
     )
 

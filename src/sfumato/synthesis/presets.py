@@ -36,7 +36,7 @@ class Preset:
     # public training
     public_steps: int = 20_000  # *
     public_batch: int = 64
-    public_lr: float = 5e-3
+    public_lr: float = 4e-3
     public_ema: float = 0.999
     # DP-SGD
     sampling_probability: float = 0.25
@@ -54,7 +54,8 @@ class Preset:
 PRESETS = {
     "demo": Preset(size=16, num_images=3000, most_steps=64, guidance=1.2),
     "fashion-mnist": Preset(
-        size=16, num_images=4000, sampling_probability=0.005, most_steps=400, query_noise=50.0, guidance=1.2
+        size=16, network="tiny-adaptive", num_images=4000, sampling_probability=0.005, most_steps=400, query_noise=50.0,
+        guidance=1.2, public_lr=5e-3,
     ),
     "cifar10": Preset(
         size=32, channels=3, network="medium", num_images=5000, sampling_probability=0.1, query_noise=100.0
