@@ -24,7 +24,7 @@ from sfumato.synthesis.privimage import PrivImage
 
 BUDGET = Budget(8, 1e-5)
 QUICK = Preset(
-    size=8, query_steps=2, public_steps=1, public_batch=4, most_steps=2, noise_levels=1, sampler_steps=2,
+    size=8, query_steps=2, public_steps=1, public_batch=4, enough_steps=2, noise_levels=1, sampler_steps=2,
     top_k=2, classes_per_label=2, means_per_label=1, means_steps=1, time_bound=False,
 )  # fmt: skip
 

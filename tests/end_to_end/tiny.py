@@ -29,7 +29,7 @@ def settings():
     speeds = Speeds(5000.0, 5000.0, 5000.0)
     demo = replace(
         presets.PRESETS["demo"], size=8, query_steps=30, public_steps=8, public_batch=32, sampler_steps=3,
-        most_steps=STEPS, noise_levels=1, num_images=None, time_bound=False,
+        enough_steps=STEPS, noise_levels=1, num_images=None, time_bound=False,
     )  # fmt: skip
     yield mock.patch.dict(presets.PRESETS, demo=demo)
     for module in ("run", "privimage"):
@@ -105,6 +105,7 @@ def stop_at(moment: str) -> None:
 def main() -> int:
     from sfumato.cli.main import main as sfumato
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background parent leaves it ignored
     for patch in settings():
         patch.start()
     if sys.argv[1] != "-":

@@ -26,7 +26,7 @@ def weights(net) -> torch.Tensor:
 
 RANK = """
 import sys; sys.path.insert(0, {here!r})
-import json, numpy as np, torch, torch.distributed as dist, sfumato.privacy.dp_sgd as module
+import json, os, numpy as np, torch, torch.distributed as dist, sfumato.privacy.dp_sgd as module
 from fakes import *
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{folder}/meet", rank=rank, world_size=2)
@@ -42,8 +42,9 @@ chosen = plan(sampling_probability={q}, steps={steps}, clip_norm=1.0, expected_b
 result = module.dp_sgd(net, FakePrivate(9), chosen, held, make_rows=plain_rows, row_loss=row_loss,
     optimizer=torch.optim.SGD(net.parameters(), lr=1.0))
 flat = torch.cat([p.detach().flatten() for p in net.parameters()])
-print(json.dumps([flat.tolist(), result.steps_begun, len(draws)]))
-dist.destroy_process_group()
+print(json.dumps([flat.tolist(), result.steps_begun, len(draws)]), flush=True)
+dist.barrier()
+os._exit(0)  # gloo's threads can abort a process that takes itself down beside its peer
 """
 
 

@@ -18,7 +18,7 @@ from sfumato.synthesis.presets import PRESETS
 from sfumato.synthesis.privimage import PrivImage
 
 TINY = replace(
-    PRESETS["demo"], size=8, query_steps=10, public_steps=4, public_batch=16, sampler_steps=2, most_steps=3,
+    PRESETS["demo"], size=8, query_steps=10, public_steps=4, public_batch=16, sampler_steps=2, enough_steps=3,
     noise_levels=1, means_per_label=0, num_images=None, time_bound=False,
 )  # fmt: skip
 BUDGET = Budget(2.0, 1e-5)

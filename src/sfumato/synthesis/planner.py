@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from sfumato.privacy.events import PlannedEvent
 
 FEWEST_STEPS = 20
+MORE_THAN_ENOUGH = 1.6  # times the preset's steps, when time is left
 SAFETY = (
     0.92  # share of the time budget that is planned; the rest covers start-up, reports and a busy machine
 )
 SECONDS_PER_CLASSIFIER = 12.0  # of 28x28 pixels; smaller images take less
-FLOOR_IMAGES = 2_000
+FLOOR_IMAGES = 1_000
 NOISE_FOR_EPSILON = 8.0  # the presets' query and mean-image noise; smaller budgets get more in proportion
 
 
@@ -156,9 +157,9 @@ def make_plan(
 ) -> Plan:
     """Choose steps T, noise levels K and sampling probability q for a time budget, then the least noise.
 
-    With few epochs to spend, steps come first up to the preset's ceiling, then noise levels; q shrinks only
-    when even the fewest steps would not fit. The noise multiplier is the least whose PLD epsilon (query, mean
-    images and DP-SGD composed) is within `budget`. Raises InputError when the time or the budget is too
+    Steps come first, up to what the preset calls enough, then noise levels; what is left buys more steps. q
+    shrinks only when even the fewest steps would not fit. The noise multiplier is the least whose PLD
+    epsilon (query, mean images and DP-SGD composed) is within `budget`. Raises InputError when the time or the budget is too
     small. With `classifiers` to measure the result, time is kept for them and for FLOOR_IMAGES images of
     the generator before DP-SGD.
     """
@@ -190,7 +191,7 @@ def make_plan(
     calls = preset.sampler_steps * (1 if preset.sampler == "ddim" else 2) - 1
     calls *= 1 if preset.guidance == 1 else 2
     generation = num_images * calls / speeds.denoised_rows
-    q, steps, levels = preset.sampling_probability, preset.most_steps, preset.noise_levels
+    q, steps, levels = preset.sampling_probability, preset.enough_steps, preset.noise_levels
     public_steps, public_seconds = preset.public_steps, None
     if preset.time_bound:
         area = preset.size**2 / 784
@@ -227,7 +228,7 @@ def make_plan(
 
 
 def _fit(q: float, steps: int, levels: int, units: int, rows: float) -> tuple[float, int, int]:
-    """Spend `rows` gradient rows: the largest K and T up to the ceilings, K at least 1, T at least the fewest."""
+    """Spend `rows` gradient rows on K and T (`steps`: how many are enough), K at least 1, T at least the fewest."""
     per_step = q * units
     fewest = min(FEWEST_STEPS, steps)
     levels = max(1, min(levels, math.floor(rows / (per_step * steps))))
@@ -236,7 +237,7 @@ def _fit(q: float, steps: int, levels: int, units: int, rows: float) -> tuple[fl
         q = q * fitting / fewest if fitting else rows / (fewest * units)
         q = max(min(q, 1.0), 1.0 / units)
         fitting = fewest
-    return q, min(steps, fitting), levels
+    return q, min(math.ceil(MORE_THAN_ENOUGH * steps), fitting), levels
 
 
 def measure_speeds(network: Any, edm: Any, *, size: tuple[int, int], channels: int, autocast: bool) -> Speeds:

@@ -21,7 +21,7 @@ class Preset:
     num_images: int | None = None
     guidance: float = 1.0
     sampler: str = "heun"
-    sampler_steps: int = 12
+    sampler_steps: int = 10
     sigma_max: float = 80.0
     # semantic query and selection
     query_steps: int = 500
@@ -40,35 +40,35 @@ class Preset:
     public_ema: float = 0.999
     # DP-SGD
     sampling_probability: float = 0.25
-    most_steps: int = 150  # *
+    enough_steps: int = 64  # more when time is left, fewer when it is short
     noise_levels: int = 4  # *
     clip_norm: float = 1e-2
     private_lr: float = 2e-3
     private_ema: float = 0.95
     label_dropout: float = 0.1
     # share of the training time that goes to public training when there is a private stage
-    public_share: float = 0.35
+    public_share: float = 0.4
     time_bound: bool = True  # False: run the settings as they are, however long it takes
 
 
 PRESETS = {
-    "demo": Preset(size=16, num_images=3000, most_steps=64, guidance=1.2),
+    "demo": Preset(size=16, num_images=3000, guidance=1.2),
     "fashion-mnist": Preset(
-        size=16, network="tiny-adaptive", num_images=4000, sampling_probability=0.005, most_steps=400, query_noise=50.0,
-        guidance=1.2, public_lr=5e-3,
+        size=16, network="tiny-adaptive", num_images=4000, sampling_probability=0.005, enough_steps=400,
+        query_noise=50.0, guidance=1.2, public_lr=5e-3,
     ),
     "cifar10": Preset(
         size=32, channels=3, network="medium", num_images=5000, sampling_probability=0.1, query_noise=100.0
     ),
     "paper-fashion-mnist": Preset(
         network="paper", query_noise=50.0, query_steps=20_000, public_steps=40_000, public_batch=1024,
-        public_lr=3e-4, sampling_probability=4096 / 60_000, most_steps=2100, noise_levels=32, clip_norm=1e-3,
+        public_lr=3e-4, sampling_probability=4096 / 60_000, enough_steps=2100, noise_levels=32, clip_norm=1e-3,
         private_lr=3e-4, private_ema=0.999, sampler="churn", sampler_steps=50, num_images=60_000,
         time_bound=False,
     ),
     "paper-cifar10": Preset(
         size=32, channels=3, network="paper", query_noise=484.0, query_steps=40_000, public_steps=40_000,
-        public_batch=512, public_lr=1e-4, sampling_probability=1 / 3, most_steps=150, noise_levels=8,
+        public_batch=512, public_lr=1e-4, sampling_probability=1 / 3, enough_steps=150, noise_levels=8,
         clip_norm=1e-3, private_lr=3e-4, private_ema=0.999, sampler="ddim", sampler_steps=50,
         num_images=50_000, time_bound=False,
     ),
