@@ -159,9 +159,9 @@ def make_plan(
 
     Steps come first, up to what the preset calls enough, then noise levels; what is left buys more steps. q
     shrinks only when even the fewest steps would not fit. The noise multiplier is the least whose PLD
-    epsilon (query, mean images and DP-SGD composed) is within `budget`. Raises InputError when the time or the budget is too
-    small. With `classifiers` to measure the result, time is kept for them and for FLOOR_IMAGES images of
-    the generator before DP-SGD.
+    epsilon (query, mean images and DP-SGD composed) is within `budget`. With `classifiers`
+    to measure the result, time is kept for them and for FLOOR_IMAGES images of the generator before DP-SGD.
+    Raises InputError when the time or the budget is too small.
     """
     from sfumato.privacy.accounting import calibrate
     from sfumato.privacy.dp_sgd import DPSGDPlan
