@@ -43,7 +43,7 @@ def main(run: Path, target: Path) -> None:
     canvas = Image.new("L", (2 * width + 24, height + 28), 255)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     for index, (sheet, title) in enumerate(
-        zip(sheets, ("private", f"synthetic, ε = {epsilon:.2g}"), strict=True)
+        zip(sheets, ("private", f"synthetic, epsilon = {epsilon:.2g}"), strict=True)
     ):
         canvas.paste(sheet, (index * (width + 24), 28))
         draw.text((index * (width + 24) + 2, 4), title, fill=0, font=font)
