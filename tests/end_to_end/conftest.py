@@ -58,7 +58,7 @@ def in_own_process(tmp_path):
     def call(moment, *arguments):
         return subprocess.run(
             [sys.executable, HERE / "tiny.py", moment, *map(str, arguments)], capture_output=True, text=True,
-            timeout=120, cwd=tmp_path,
+            timeout=400, cwd=tmp_path,
             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 

@@ -55,7 +55,7 @@ def two_ranks(folder: Path, *, zero: bool, q: float, steps: int):
         subprocess.Popen([sys.executable, "-c", code, str(rank)], stdout=subprocess.PIPE, env=env)
         for rank in (0, 1)
     ]
-    answers = [child.communicate(timeout=120)[0] for child in started]
+    answers = [child.communicate(timeout=400)[0] for child in started]
     assert all(child.returncode == 0 for child in started)
     return [json.loads(answer.splitlines()[-1]) for answer in answers]
 
