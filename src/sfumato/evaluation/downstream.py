@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sfumato.diffusion.generator import to_float
 from sfumato.progress import Progress
 
 STEPS = 800
@@ -45,7 +46,7 @@ def downstream_accuracy(
         for _ in range(steps):
             rows = order.integers(len(train_images), size=BATCH)
             loss = F.cross_entropy(
-                network(_shifted(_as_input(train_images[rows]), order)), targets[rows], label_smoothing=0.05
+                network(_shifted(to_float(train_images[rows]), order)), targets[rows], label_smoothing=0.05
             )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -55,7 +56,7 @@ def downstream_accuracy(
     network.eval()
     with torch.no_grad():
         guesses = [
-            network(_as_input(test_images[i : i + 500])).argmax(1).numpy()
+            network(to_float(test_images[i : i + 500])).argmax(1).numpy()
             for i in range(0, len(test_images), 500)
         ]
     return float(np.mean(np.concatenate(guesses) == np.asarray(test_labels)))
@@ -68,10 +69,6 @@ def _small_cnn(channels: int, num_classes: int) -> nn.Module:
         nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(7),
         nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 49, num_classes),
     )  # fmt: skip
-
-
-def _as_input(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def _shifted(images: torch.Tensor, order: np.random.Generator) -> torch.Tensor:

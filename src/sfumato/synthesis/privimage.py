@@ -404,12 +404,17 @@ def _by_name(
     return public.images, labels, np.ones(len(public))
 
 
+def as_bytes(images: np.ndarray) -> np.ndarray:
+    """Floats in [-1, 1] (clipped) to uint8, any shape."""
+    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
 def _with_means(
     means: np.ndarray, selected: tuple[np.ndarray, np.ndarray, np.ndarray] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean images (float [L, m, H, W, C] in [-1, 1]) as training images, half of each batch when mixed."""
     flat = means.reshape(-1, *means.shape[2:])
-    images = np.clip(np.round((flat + 1) * 127.5), 0, 255).astype(np.uint8)
+    images = as_bytes(flat)
     labels = np.repeat(np.arange(means.shape[0]), means.shape[1])
     weights = np.full(len(images), 1.0 / len(images))
     if selected is None:

@@ -35,7 +35,7 @@ from sfumato.synthesis.options import seconds as in_seconds
 from sfumato.synthesis.owner_figures import CLASSIFIERS, check_holdout, figures
 from sfumato.synthesis.planner import Plan, make_plan, measure_speeds
 from sfumato.synthesis.presets import Preset, preset_for
-from sfumato.synthesis.privimage import PrivImage
+from sfumato.synthesis.privimage import PrivImage, as_bytes
 from sfumato.synthesis.run_folder import RunFolder
 
 COMPARE = (
@@ -339,7 +339,7 @@ def _facts(
         else [[names[c] for c in classes] for classes in model.selection.classes],
         noisy_histogram=model.noisy_histogram,
         public_class_names=names if model.noisy_histogram is not None else None,
-        mean_images=None if model.means is None else _bytes(model.means),
+        mean_images=None if model.means is None else as_bytes(model.means),
         stages=model.stages,
         options=releasable_options(dataclasses.asdict(options)) | {"plan": "; ".join(model.plan.lines())},
         warnings=model.warnings + ([COMPARE] if before is not None else []),
@@ -356,10 +356,6 @@ def _release(
     writer.text("README.md", card(facts))
     writer.text("report.html", release_report(facts))
     return writer.complete()
-
-
-def _bytes(images: np.ndarray) -> np.ndarray:
-    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _software() -> dict[str, str]:
