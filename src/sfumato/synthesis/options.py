@@ -13,7 +13,10 @@ from tyro.conf import Positional
 
 from sfumato.errors import InputError
 
-Method = Literal["privimage", "dpdm", "public-only"]
+Method = Literal[
+    "privimage", "privimage+feta", "dpdm", "feta", "pdp", "random-selection", "pe", "public-only"
+]
+WITHOUT_PUBLIC = ("dpdm", "feta")
 Preset = Literal["demo", "fashion-mnist", "cifar10", "paper-fashion-mnist", "paper-cifar10"]
 Unit = Literal["image", "group"]
 
@@ -40,7 +43,7 @@ class SynthesizeOptions:
 
     public: str | None = None
     """Images that harm nobody, with labels, in any form PRIVATE may have; the more they look like the
-    sensitive ones, the better. Default: none (then only `--method dpdm` can run)."""
+    sensitive ones, the better. Default: none (then only `--method dpdm` and `feta` can run)."""
 
     delta: float | None = None
     """Probability δ with which the ε bound may fail; has to be well below 1 / number of units. Default:
@@ -48,8 +51,11 @@ class SynthesizeOptions:
 
     method: Method = "privimage"
     """privimage: ask privately which public classes are alike, train on them, then train on the sensitive
-    images with noise (DP-SGD). dpdm: DP-SGD alone, without public images. public-only: the public images
-    alone; costs no budget, and is what every result should be compared with."""
+    images with noise (DP-SGD). dpdm: DP-SGD alone, without public images. feta: dpdm that starts from a noisy
+    mean image of each label; privimage+feta: both. To compare with: pdp trains on all public images first,
+    random-selection on classes drawn blindly; pe trains on public images alone and lets the sensitive ones
+    vote for the best of what was generated (Private Evolution); public-only does not use the sensitive
+    images and costs no budget."""
 
     preset: Preset | None = None
     """A named set of training settings, `paper-…` being the published ones (these want an accelerator).
@@ -83,7 +89,12 @@ class SynthesizeOptions:
 
     warm_up: int | None = None
     """Number of differentially private mean images for each label that training starts from (DP-FETA), paid
-    for out of ε; 0 is none. Default: the preset's, 0."""
+    for out of ε; 0 is none. Default: the preset's, 0; with `feta` 1."""
+
+    robust: float | None = None
+    """Make public training robust against the noise to come (RPGen): each step is taken at the worst weights
+    within this distance (L2 norm over all weights), e.g. 0.2; 0 is off. A step then takes twice the time.
+    Default: the preset's, 0."""
 
     ledger: str | None = None
     """The account that this run is charged to: a file, or an SQLAlchemy URL. Keep ONE ledger for one set
@@ -130,6 +141,7 @@ class SynthesizeOptions:
             _must(value is None or value >= 1, "--" + name.replace("_", "-"), value, "1 or more")
         _must(self.guidance is None or self.guidance >= 0, "--guidance", self.guidance, "0 or more")
         _must(self.warm_up is None or 0 <= self.warm_up <= 50, "--warm-up", self.warm_up, "between 0 and 50")
+        _must(self.robust is None or 0 <= self.robust <= 10, "--robust", self.robust, "between 0 and 10")
         seconds(self.time_budget)
         if self.delta is not None and self.units is not None and self.delta >= 1 / self.units:
             raise InputError(
@@ -137,7 +149,7 @@ class SynthesizeOptions:
                 "release could publish one of them outright; no budget was spent. Choose it below "
                 f"{default_delta(self.units):.1g}, or leave it out."
             )
-        if self.method in ("privimage", "public-only") and self.public is None:
+        if self.method not in WITHOUT_PUBLIC and self.public is None:
             raise InputError(
                 f"--method {self.method} needs --public; no budget was spent. Give public images "
                 "(--public demo:glyphs works everywhere), or choose --method dpdm."

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import InputError
+from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.presets import Preset
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Plan:
 
     def events(self) -> list[PlannedEvent]:
         """Everything that will touch the private images, for `Ledger.reserve`; empty for `public-only`."""
-        if self.method == "public-only":
+        if METHODS[self.method].private == "none":
             return []
         return [*_one_shot(self.preset, query=self.query, means=self.means), self.dp_sgd().planned()]
 
@@ -91,12 +92,12 @@ class Plan:
                 f"mean images: {self.preset.means_per_label} for each label, "
                 f"noise multiplier {self.preset.means_noise:g}"
             )
-        if self.method != "dpdm":
+        if METHODS[self.method].public != "none":
             limit = "" if self.public_seconds is None else f" or {self.public_seconds:.0f} s"
             out.append(
                 f"public training: {self.public_steps} steps of {self.preset.public_batch} images{limit}"
             )
-        if self.method != "public-only":
+        if METHODS[self.method].private != "none":
             out.append(
                 f"DP-SGD: {self.steps} steps, sampling probability {self.sampling_probability:.4g} (about "
                 f"{self.sampling_probability * self.units:.0f} units a step), {self.noise_levels} noise levels "
@@ -135,7 +136,7 @@ def _one_shot(preset: Preset, *, query: bool, means: bool) -> list[PlannedEvent]
         planned.append(
             PlannedEvent(
                 mechanisms.MEAN_IMAGES,
-                f"{preset.means_per_label} mean images per label, clip norm {preset.means_clip:g}",
+                f"{preset.means_per_label} mean images per label, clip norm {preset.means_clip_norm:.4g}",
                 mechanisms.mean_images_event(preset.means_noise),
             )
         )
@@ -154,6 +155,7 @@ def make_plan(
     num_labels: int,
     public_classes: int | None = None,
     classifiers: int = 0,
+    count_work: bool = False,
 ) -> Plan:
     """Choose steps T, noise levels K and sampling probability q for a time budget, then the least noise.
 
@@ -161,6 +163,7 @@ def make_plan(
     shrinks only when even the fewest steps would not fit. The noise multiplier is the least whose PLD
     epsilon (query, mean images and DP-SGD composed) is within `budget`. With `classifiers`
     to measure the result, time is kept for them and for FLOOR_IMAGES images of the generator before DP-SGD.
+    `count_work`: public training ends after as many steps as fit into its time at `speeds`, not by the clock.
     Raises InputError when the time or the budget is too small.
     """
     from sfumato.privacy.accounting import calibrate
@@ -176,9 +179,12 @@ def make_plan(
         preset = replace(
             preset, query_noise=preset.query_noise * scale, means_noise=preset.means_noise * scale
         )  # fmt: skip
-    query = method == "privimage"
-    means = method != "public-only" and preset.means_per_label > 0
-    if query and public_classes is not None:
+    kind = METHODS[method]
+    if kind.means and preset.means_per_label == 0:
+        preset = replace(preset, means_per_label=1)
+    query, private = kind.public == "queried", kind.private != "none"
+    means = private and preset.means_per_label > 0
+    if kind.public in ("queried", "random") and public_classes is not None:
         per_label = min(preset.classes_per_label, public_classes // num_labels)
         if per_label < 1:
             raise InputError(
@@ -195,7 +201,8 @@ def make_plan(
     public_steps, public_seconds = preset.public_steps, None
     if preset.time_bound:
         area = preset.size**2 / 784
-        floor = FLOOR_IMAGES * calls / speeds.denoised_rows if query and classifiers else 0.0
+        before = kind.public != "none" and private and classifiers > 0
+        floor = FLOOR_IMAGES * calls / speeds.denoised_rows if before else 0.0
         around = generation + floor + classifiers * (2 + SECONDS_PER_CLASSIFIER * area)
         around += preset.query_steps * 0.03 * area if query else 0
         left = SAFETY * seconds - around
@@ -205,13 +212,17 @@ def make_plan(
                 f"{around:.0f} s here ({num_images} images, {classifiers} classifiers to measure them); no budget "
                 "was spent. Give more time or fewer images (--num-images)"
             )
-        if method != "dpdm":
-            public_seconds = left * (1.0 if method == "public-only" else preset.public_share)
+        if kind.public != "none":
+            public_seconds = left * (preset.public_share if private else 1.0)
         rows = (left - (public_seconds or 0)) * speeds.private_rows
         q, steps, levels = _fit(q, steps, levels, units, rows)
-    private_seconds = q * units * steps * levels / speeds.private_rows if method != "public-only" else 0.0
+    if count_work and public_seconds is not None:
+        passes = 2 if preset.perturbation else 1
+        public_steps = max(1, round(public_seconds * speeds.public_rows / preset.public_batch / passes))
+        public_seconds = None
+    private_seconds = q * units * steps * levels / speeds.private_rows if private else 0.0
     noise = 0.0
-    if method != "public-only":
+    if private:
         one_shot = [planned.total for planned in _one_shot(preset, query=query, means=means)]
 
         def events(noise_multiplier: float) -> Sequence[Any]:

@@ -30,14 +30,15 @@ class Preset:
     query_noise: float = 8.0
     # mean images (warm-up); none when 0
     means_per_label: int = 0
-    means_noise: float = 5.0
-    means_clip: float = 5.0
+    means_noise: float = 2.5
+    means_clip: float = 0.8  # root mean square of a pixel, in [0, 1]
     means_steps: int = 100
     # public training
     public_steps: int = 20_000  # *
     public_batch: int = 64
     public_lr: float = 4e-3
     public_ema: float = 0.999
+    perturbation: float = 0.0  # radius of adversarial weight perturbation (RPGen); none when 0
     # DP-SGD
     sampling_probability: float = 0.25
     enough_steps: int = 64  # more when time is left, fewer when it is short
@@ -49,6 +50,11 @@ class Preset:
     # share of the training time that goes to public training when there is a private stage
     public_share: float = 0.4
     time_bound: bool = True  # False: run the settings as they are, however long it takes
+
+    @property
+    def means_clip_norm(self) -> float:
+        """The L2 norm that an image is clipped to before it is averaged."""
+        return self.means_clip * (self.size**2 * self.channels) ** 0.5
 
 
 PRESETS = {

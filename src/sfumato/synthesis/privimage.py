@@ -2,19 +2,16 @@
 
     ProtectedImages + Ledger -> semantic histogram -> Selection -> public training -> DP-SGD -> Generator
 
-`dpdm` (arXiv 2210.09929) is the same path without the public stages, `public-only` without the private ones.
+The methods it is compared with (`methods.METHODS`) are the same path with stages left out or exchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import tempfile
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from sfumato.diffusion.edm import EDM
 from sfumato.diffusion.generator import Generator
 from sfumato.diffusion.sampling import Sampler
 from sfumato.diffusion.training import TrainingPlan, train
-from sfumato.errors import BudgetError, InputError, LedgerError
+from sfumato.errors import InputError
 from sfumato.machine import best_defaults
 from sfumato.privacy import mechanisms
 from sfumato.privacy.budget import Budget, delta_warning
@@ -37,10 +34,14 @@ from sfumato.privacy.dp_sgd import dp_sgd
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.per_unit import Engine
 from sfumato.report.facts import Stage
+from sfumato.synthesis import public_images
+from sfumato.synthesis.answers import Answers, write
 from sfumato.synthesis.classifier import scores, train_query
-from sfumato.synthesis.planner import Plan, make_plan, measure_speeds
+from sfumato.synthesis.methods import METHODS
+from sfumato.synthesis.planner import Plan, Speeds, make_plan, measure_speeds
 from sfumato.synthesis.presets import PRESETS, Preset
-from sfumato.synthesis.selection import Selection, select_classes
+from sfumato.synthesis.public_images import Labelled
+from sfumato.synthesis.selection import Selection, random_classes, select_classes
 
 SHARE_OF_COUNT = 0.02  # of epsilon, for a noisy count of the units when their number is not declared
 
@@ -57,10 +58,10 @@ class PrivImage:
     removing one unit, as declared in `ProtectedImages`. What it did is in `reservations`, in the images'
     ledger.
 
-    budget: for all of `fit`. method: "privimage", "dpdm" or "public-only". preset: settings. seconds: the
-    time that `fit` and generating `num_images` should take. work_dir: where state is kept so that the same
-    call resumes after an interruption; a temporary folder by default, which cannot. seed: public randomness
-    only.
+    budget: for all of `fit`. method: one of `methods.METHODS`. preset: settings. seconds: the time that `fit`
+    and generating `num_images` should take, at the speed of this machine, or at `speeds` where they are given
+    (then the same work is done wherever it runs). work_dir: where state is kept so that the same call resumes
+    after an interruption; a temporary folder by default, which cannot. seed: public randomness only.
     """
 
     def __init__(
@@ -74,22 +75,28 @@ class PrivImage:
         classifiers: int = 0,
         work_dir: str | Path | None = None,
         seed: int = 0,
+        speeds: Speeds | None = None,
     ) -> None:
         self.budget, self.method, self.preset = budget, method, preset
         self.seconds, self.num_images, self.classifiers, self.seed = seconds, num_images, classifiers, seed
         if work_dir is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="sfumato-")
             work_dir = self._temporary.name
-        self.work_dir = Path(work_dir)
-        self.reservations: list[Any] = []
+        self.work_dir, self.speeds = Path(work_dir), speeds
+        self._answers = Answers(self.work_dir)
         self.stages: list[Stage] = []
         self.warnings: list[str] = []
         self.selection: Selection | None = None
         self.noisy_histogram: np.ndarray | None = None
         self.means: np.ndarray | None = None
-        self.selected: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self.selected: Labelled | None = None
         self.public_generator: Generator | None = None
         self.generator: Generator | None = None
+
+    @property
+    def reservations(self) -> list[Any]:
+        """What was charged to the images' ledger, in order."""
+        return self._answers.reservations
 
     def prepare(self, private: ProtectedImages, public: PublicImages | None = None) -> Plan:
         """Check the inputs, count the units if their number is not declared, and fix the plan of the run.
@@ -98,7 +105,7 @@ class PrivImage:
         """
         self._check(private, public)
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        self.reservations, self.warnings = [], []
+        self._answers, self.warnings = Answers(self.work_dir), []
         stages = self.work_dir / "stages.json"
         if stages.exists():
             self.stages = [Stage(**stage) for stage in json.loads(stages.read_text(encoding="utf-8"))]
@@ -116,14 +123,14 @@ class PrivImage:
         ).to(defaults.device)
         units = private.public_size
         spent = 0.0
-        if units is None and self.method != "public-only":
+        if units is None and METHODS[self.method].private != "none":
             units, spent = self._count(private)
         path = self.work_dir / "plan.json"
         if path.exists():
             self.plan = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
             self._same_run(path, spent)
         else:
-            speeds = measure_speeds(
+            speeds = self.speeds or measure_speeds(
                 self.network, self.edm, size=private.size, channels=private.channels, autocast=self._autocast
             )
             self.plan = make_plan(
@@ -133,12 +140,13 @@ class PrivImage:
                 preset=self.preset,
                 seconds=self.seconds,
                 speeds=speeds,
+                count_work=self.speeds is not None,
                 num_images=self.num_images or self.preset.num_images or units or 1000,
                 num_labels=len(private.label_names),
                 public_classes=None if public is None else len(public.label_names or ()),
                 classifiers=self.classifiers,
             )
-            _write(path, json.dumps(self.plan.to_json(), indent=1).encode())
+            write(path, json.dumps(self.plan.to_json(), indent=1).encode())
         if units is not None and (warning := delta_warning(self.budget.delta, units)):
             self.warnings.append(warning)
         return self.plan
@@ -159,14 +167,10 @@ class PrivImage:
         anything is spent.
         """
         plan = self.prepare(private, public)
-        reservation = (
-            self._reserve(private, "synthesize", plan.events(), plan.delta) if plan.events() else None
-        )
-        if plan.query:
-            assert public is not None and reservation is not None
-            self._select(private, public, reservation)
-        elif public is not None:
-            self.selected = _by_name(public, private.label_names, self.seed)
+        reservation = None
+        if plan.events():
+            reservation = self._answers.reserve(private.ledger, "synthesize", plan.events(), plan.delta)
+        self.selected = self._choose(private, public, reservation)
         if plan.means:
             assert reservation is not None
             self._average(private, reservation)
@@ -193,11 +197,10 @@ class PrivImage:
         return self.generator
 
     def _check(self, private: ProtectedImages, public: PublicImages | None) -> None:
-        if self.method not in ("privimage", "dpdm", "public-only"):
-            raise InputError(
-                f"unknown method {self.method!r}: choose privimage, dpdm or public-only (--method)"
-            )
-        if self.method == "dpdm":
+        if self.method not in METHODS:
+            raise InputError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)} (--method)")
+        wanted = METHODS[self.method].public
+        if wanted == "none":
             return
         if public is None:
             raise InputError(
@@ -205,56 +208,40 @@ class PrivImage:
                 "choose --method dpdm"
             )
         same_content(private, public)
-        if self.method == "privimage" and (public.label_names is None or (public.labels < 0).any()):
+        if wanted in ("queried", "random") and (public.label_names is None or (public.labels < 0).any()):
             raise InputError(
-                "the public images need a label each, since the query chooses among their classes; no budget was "
-                "spent. Sort them into class folders, or choose --method dpdm"
+                f"the public images need a label each, since --method {self.method} chooses among their classes; no "
+                "budget was spent. Sort them into class folders, or choose --method dpdm"
             )
-
-    def _reserve(self, private: ProtectedImages, label: str, events: list[PlannedEvent], delta: float) -> Any:
-        path = self.work_dir / "run.json"
-        if not path.exists():
-            _write(path, json.dumps({"run": uuid.uuid4().hex}).encode())
-        run = json.loads(path.read_text(encoding="utf-8"))["run"]
-        reservation = private.ledger.reserve(label, events, delta=delta, key=f"{run}:{label}")
-        self.reservations.append(reservation)
-        return reservation
 
     def _count(self, private: ProtectedImages) -> tuple[int, float]:
         epsilon = SHARE_OF_COUNT * self.budget.epsilon
         event = PlannedEvent(mechanisms.COUNT, "number of units", mechanisms.count_event(epsilon))
-        reservation = self._reserve(private, "count", [event], 0.0)
-        units = self._answer(
+        reservation = self._answers.reserve(private.ledger, "count", [event], 0.0)
+        units = self._answers.ask(
             "count", reservation, lambda: np.array(mechanisms.count(private, epsilon, reservation)[0])
         )
         reservation.settle()
         return int(units), reservation.epsilon
 
-    def _answer(self, mechanism: str, reservation: Any, ask: Callable[[], np.ndarray]) -> np.ndarray:
-        """A one-shot mechanism's released value: from its file when it has been asked, else asked and saved."""
-        path = self.work_dir / f"{mechanism}.npy"
-        if path.exists():
-            self._paid_here(path, mechanism, reservation, 1)
-            return np.load(path, allow_pickle=False)
-        if reservation.begun(mechanism):
-            raise BudgetError(
-                f"the run was stopped after {mechanism} was charged and before its answer was saved: that cost is "
-                "spent and the answer is lost. `sfumato ledger close LEDGER ID --outputs-unseen` gives back what "
-                "never began; then start again with another --out, on a ledger with budget left"
-            )
-        value, content = ask(), io.BytesIO()
-        np.save(content, value, allow_pickle=False)
-        _write(path, content.getvalue())
-        return value
-
-    def _paid_here(self, path: Path, mechanism: str, reservation: Any, units: int) -> None:
-        """Refuse to go on from what this reservation did not pay for: it would be left out of the certificate."""
-        if reservation.begun(mechanism) < units:
-            raise LedgerError(
-                f"{path} was made under another reservation than the ledger has for this run: another ledger, or an "
-                "older copy of it, or run.json is gone. Put back the ledger that the run was started with, or start "
-                "again with another --out; no budget was spent"
-            )
+    def _choose(
+        self, private: ProtectedImages, public: PublicImages | None, reservation: Any
+    ) -> Labelled | None:
+        """The public images to start from, under sensitive labels; None without any."""
+        names, wanted = private.label_names, METHODS[self.method].public
+        if public is None or wanted == "none":
+            return None
+        if wanted == "all":
+            return public_images.all_of_them(public, len(names), self.seed)
+        if wanted == "named":
+            return public_images.by_name(public, names, self.seed)
+        if wanted == "queried":
+            self._select(private, public, reservation)
+        else:
+            per_label = self.plan.preset.classes_per_label
+            self.selection = random_classes(len(names), len(public.label_names or ()), per_label, self.seed)
+        assert self.selection is not None
+        return public_images.selected(public, self.selection)
 
     def _select(self, private: ProtectedImages, public: PublicImages, reservation: Any) -> None:
         started, p = time.monotonic(), self.plan.preset
@@ -263,7 +250,7 @@ class PrivImage:
             public.images, public.labels, len(names), steps=p.query_steps, seed=self.seed,
             saved=self.work_dir / "query.safetensors",
         )  # fmt: skip
-        self.noisy_histogram = self._answer(
+        self.noisy_histogram = self._answers.ask(
             mechanisms.SEMANTIC_HISTOGRAM, reservation,
             lambda: mechanisms.semantic_histogram(
                 private, scores(network), len(names), p.top_k, p.query_noise, reservation
@@ -272,34 +259,20 @@ class PrivImage:
         self.selection = select_classes(
             self.noisy_histogram, p.classes_per_label, noise_scale=p.query_noise * p.top_k**0.5
         )
-        rows, labels, weights = self.selection.relabel(public.labels)
-        self.selected = (np.asarray(public.images)[rows], labels, weights)
         self._stage(
             "semantic query", started, f"{len(names)} public classes, {p.query_steps} classifier steps"
         )
 
     def _average(self, private: ProtectedImages, reservation: Any) -> None:
         started, p = time.monotonic(), self.plan.preset
-        self.means = self._answer(
+        self.means = self._answers.ask(
             mechanisms.MEAN_IMAGES, reservation,
             lambda: mechanisms.mean_images(
-                private, p.means_per_label, p.means_clip, p.means_noise, self.plan.units, reservation,
-                center=self._center(private),
+                private, p.means_per_label, p.means_clip_norm, p.means_noise, self.plan.units, reservation,
+                center=public_images.centers(self.selected, len(private.label_names)),
             )[0],
         )  # fmt: skip
         self._stage("mean images", started, f"{p.means_per_label} for each label")
-
-    def _center(self, private: ProtectedImages) -> np.ndarray | float:
-        """What the mean images are expected to look like: the selected public images of each label, else grey."""
-        if self.selected is None:
-            return 0.0
-        images, labels, weights = self.selected
-        per_label = np.zeros((len(private.label_names), 1, *images.shape[1:]))
-        for label in range(len(private.label_names)):
-            mine = labels == label
-            share = (weights[mine] / weights[mine].sum()).reshape(-1, 1, 1, 1)
-            per_label[label, 0] = (images[mine] * share).sum(0) / 127.5 - 1
-        return per_label
 
     def _train_publicly(self, private: ProtectedImages, public: PublicImages | None) -> None:
         """Public training on the selected images, then a warm-up on the mean images mixed in."""
@@ -314,14 +287,14 @@ class PrivImage:
                 plan = TrainingPlan(
                     steps=self.plan.public_steps, batch=p.public_batch, lr=p.public_lr,
                     seconds=self.plan.public_seconds or float("inf"), label_dropout=p.label_dropout,
-                    ema_decay=p.public_ema, autocast=self._autocast,
+                    ema_decay=p.public_ema, autocast=self._autocast, perturbation=p.perturbation,
                 )  # fmt: skip
                 steps = train(
                     self.network, images, labels, plan, weights=weights, description="public training",
                     checkpoint=self.work_dir / "public-training.safetensors", **common,
                 )  # fmt: skip
             if self.means is not None:
-                images, labels, weights = _with_means(self.means, self.selected)
+                images, labels, weights = public_images.with_means(self.means, self.selected)
                 plan = TrainingPlan(
                     steps=p.means_steps, batch=p.public_batch, lr=p.public_lr / 2, label_dropout=p.label_dropout,
                     ema_decay=0.95, autocast=self._autocast,
@@ -334,7 +307,7 @@ class PrivImage:
             if self.selected is not None:
                 self._stage("public training", started, f"{steps} steps of {p.public_batch} images")
         self.network.eval()
-        if public is not None and self.method != "public-only":
+        if self.selected is not None and METHODS[self.method].private != "none":
             import copy
 
             self.public_generator = self._generator(private, copy.deepcopy(self.network))
@@ -344,7 +317,7 @@ class PrivImage:
         done = self.work_dir / "private"
         plan = self.plan.dp_sgd()
         if (done / "config.json").exists():
-            self._paid_here(done, DP_SGD, reservation, plan.steps)
+            self._answers.paid_here(done, DP_SGD, reservation, plan.steps)
             self._load(done)
             return
 
@@ -384,52 +357,6 @@ class PrivImage:
         before = stages[name].seconds if name in stages else 0.0
         stages[name] = Stage(name, before + time.monotonic() - started, detail)
         self.stages = list(stages.values())
-        _write(
+        write(
             self.work_dir / "stages.json", json.dumps([dataclasses.asdict(s) for s in self.stages]).encode()
         )
-
-
-def _by_name(
-    public: PublicImages, label_names: tuple[str, ...], seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Public images without a query: classes that bear a label's name, else all images with random labels."""
-    names = list(public.label_names or ())
-    if all(name in names for name in label_names):
-        chosen = Selection(
-            tuple((names.index(name),) for name in label_names), tuple((1.0,) for _ in label_names)
-        )
-        rows, labels, weights = chosen.relabel(public.labels)
-        return np.asarray(public.images)[rows], labels, weights
-    labels = np.random.default_rng(seed).integers(len(label_names), size=len(public))
-    return public.images, labels, np.ones(len(public))
-
-
-def as_bytes(images: np.ndarray) -> np.ndarray:
-    """Floats in [-1, 1] (clipped) to uint8, any shape."""
-    return np.clip(np.round((images + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def _with_means(
-    means: np.ndarray, selected: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean images (float [L, m, H, W, C] in [-1, 1]) as training images, half of each batch when mixed."""
-    flat = means.reshape(-1, *means.shape[2:])
-    images = as_bytes(flat)
-    labels = np.repeat(np.arange(means.shape[0]), means.shape[1])
-    weights = np.full(len(images), 1.0 / len(images))
-    if selected is None:
-        return images, labels, weights
-    return (
-        np.concatenate([selected[0], images]),
-        np.concatenate([selected[1], labels]),
-        np.concatenate([selected[2] / selected[2].sum(), weights]),
-    )
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

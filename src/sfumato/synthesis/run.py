@@ -35,7 +35,8 @@ from sfumato.synthesis.options import seconds as in_seconds
 from sfumato.synthesis.owner_figures import CLASSIFIERS, check_holdout, figures
 from sfumato.synthesis.planner import Plan, make_plan, measure_speeds
 from sfumato.synthesis.presets import Preset, preset_for
-from sfumato.synthesis.privimage import PrivImage, as_bytes
+from sfumato.synthesis.privimage import PrivImage
+from sfumato.synthesis.public_images import as_bytes
 from sfumato.synthesis.run_folder import RunFolder
 
 COMPARE = (
@@ -273,6 +274,8 @@ def _preset(options: SynthesizeOptions) -> Preset:
     }
     if options.warm_up is not None:
         given["means_per_label"] = options.warm_up
+    if options.robust is not None:
+        given["perturbation"] = options.robust
     return replace(preset, **given)
 
 

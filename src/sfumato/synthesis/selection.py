@@ -60,3 +60,15 @@ def select_classes(noisy_histogram: np.ndarray, per_label: int, *, noise_scale: 
         chosen.append(tuple(int(c) for c in mine))
         shares.append(tuple(float(v) for v in votes / votes.sum()))
     return Selection(tuple(chosen), tuple(shares))
+
+
+def random_classes(labels: int, classes: int, per_label: int, seed: int) -> Selection:
+    """`per_label` public classes for each label, drawn blindly: what a query has to be better than. Free."""
+    if labels * per_label > classes:
+        raise InputError(
+            f"{labels} labels cannot have {per_label} public classes each: the public set has {classes}; "
+            "no budget was spent; use a public set with more classes"
+        )
+    drawn = np.random.default_rng(seed).permutation(classes)[: labels * per_label].reshape(labels, per_label)
+    shares = (1.0 / per_label,) * per_label
+    return Selection(tuple(tuple(int(c) for c in row) for row in drawn), (shares,) * labels)

@@ -1,0 +1,80 @@
+"""What a run asked of private images and was answered: reserved once, kept on disk, never asked twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfumato.errors import BudgetError, LedgerError
+from sfumato.privacy.events import PlannedEvent
+
+
+class Answers:
+    """The reservations of one run, in `reservations`, and the files under `folder` that hold released values."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reservations: list[Any] = []
+
+    def reserve(self, ledger: Any, label: str, events: list[PlannedEvent], delta: float) -> Any:
+        """This run's reservation of that name: granted by the ledger the first time, found again afterwards."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            write(path, json.dumps({"run": uuid.uuid4().hex}).encode())
+        run = json.loads(path.read_text(encoding="utf-8"))["run"]
+        reservation = ledger.reserve(label, events, delta=delta, key=f"{run}:{label}")
+        self.reservations.append(reservation)
+        return reservation
+
+    def ask(
+        self, mechanism: str, reservation: Any, ask: Callable[[], np.ndarray], *, turn: int | None = None
+    ) -> np.ndarray:
+        """A mechanism's released value: from its file when it has been asked, else asked and saved.
+
+        turn: which of several equal questions this is, from 0; None for a mechanism that is asked once.
+
+        Raises:
+            BudgetError: the question was charged and its answer lost, so it cannot be asked again.
+            LedgerError: there is an answer that this run's reservation did not pay for.
+        """
+        name, before = (mechanism, 0) if turn is None else (f"{mechanism}-{turn:03d}", turn)
+        path = self.folder / f"{name}.npy"
+        if path.exists():
+            self.paid_here(path, mechanism, reservation, before + 1)
+            return np.load(path, allow_pickle=False)
+        if reservation.begun(mechanism) > before:
+            raise BudgetError(
+                f"the run was stopped after {mechanism} was charged and before its answer was saved: that cost is "
+                "spent and the answer is lost. `sfumato ledger close LEDGER ID --outputs-unseen` gives back what "
+                "never began; then start again with another --out, on a ledger with budget left"
+            )
+        value, content = ask(), io.BytesIO()
+        np.save(content, value, allow_pickle=False)
+        write(path, content.getvalue())
+        return value
+
+    def paid_here(self, path: Path, mechanism: str, reservation: Any, units: int) -> None:
+        """Refuse to go on from what this reservation did not pay for: it would be left out of the certificate."""
+        if reservation.begun(mechanism) < units:
+            raise LedgerError(
+                f"{path} was made under another reservation than the ledger has for this run: another ledger, or an "
+                "older copy of it, or run.json is gone. Put back the ledger that the run was started with, or start "
+                "again with another --out; no budget was spent"
+            )
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and durably."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
