@@ -107,6 +107,48 @@ def test_public_only_charges_nothing_and_opens_no_private_pixel(made, tmp_path):
     assert images.shape == (4, 8, 8, 1) and labels.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("method", "mechanisms", "classes"),
+    [
+        ("privimage", ["semantic_histogram", "dp_sgd"], 4),
+        ("privimage+feta", ["semantic_histogram", "mean_images", "dp_sgd"], 4),
+        ("dpdm", ["dp_sgd"], None),
+        ("feta", ["mean_images", "dp_sgd"], None),
+        ("pdp", ["dp_sgd"], 4),
+        ("random-selection", ["dp_sgd"], 2),
+    ],
+)
+def test_each_method_asks_what_it_says_and_spends_what_it_was_given(
+    made, tmp_path, method, mechanisms, classes
+):
+    private, public, ledger = made
+    private.public_size = 300
+    preset = replace(TINY, means_steps=2, classes_per_label=2 if "privimage" in method else 1)
+    fitted = model(tmp_path, method=method, preset=preset).fit(private, public)
+    assert [planned.mechanism for planned in fitted.reservations[0].planned] == mechanisms
+    assert 0.95 * 2 < ledger.spent.epsilon <= 2 * (1 + 1e-9)
+    if classes is None:
+        assert fitted.selected is None and fitted.public_generator is None
+    else:
+        assert fitted.selected is not None and len(fitted.selected.images) == 30 * classes
+    assert fitted.generate(4)[0].shape == (4, 8, 8, 1)
+
+
+def test_counted_work_does_not_hang_on_the_machine(made, tmp_path, monkeypatch):
+    private, public, _ = made
+    private.public_size = 300
+
+    def never(*_, **__):
+        pytest.fail("the machine was measured")
+
+    monkeypatch.setattr(privimage, "measure_speeds", never)
+    speeds = Speeds(100, 100, 100)
+    fitted = model(
+        tmp_path, preset=replace(TINY, time_bound=True), seconds=60, num_images=20, speeds=speeds
+    ).prepare(private, public)
+    assert fitted.public_seconds is None and fitted.public_steps > 10
+
+
 def test_mean_images_are_a_part_of_the_same_reservation(made, tmp_path):
     private, public, ledger = made
     fitted = model(tmp_path, preset=replace(TINY, means_per_label=2, means_steps=2)).fit(private, public)

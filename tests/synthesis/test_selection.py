@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sfumato.errors import InputError
-from sfumato.synthesis.selection import Selection, select_classes
+from sfumato.synthesis.selection import Selection, random_classes, select_classes
 
 
 def test_no_label_chooses_first():
@@ -52,3 +52,11 @@ def test_relabel_spreads_each_share_over_the_images_of_its_class():
 def test_too_few_public_classes_is_an_error():
     with pytest.raises(InputError, match="more classes"):
         select_classes(np.zeros((3, 5)), 2)
+
+
+def test_blind_selection_gives_each_label_its_own_classes():
+    drawn = random_classes(3, 10, 2, seed=4)
+    assert len({c for row in drawn.classes for c in row}) == 6 and drawn.shares == ((0.5, 0.5),) * 3
+    assert drawn == random_classes(3, 10, 2, seed=4) != random_classes(3, 10, 2, seed=5)
+    with pytest.raises(InputError, match="no budget was spent"):
+        random_classes(3, 5, 2, seed=0)
