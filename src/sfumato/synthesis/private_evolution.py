@@ -17,6 +17,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -103,6 +104,25 @@ class Evolved:
     labels: np.ndarray
     iterations_begun: int
     iterations_applied: int
+
+    def take(self, num_images: int, labels: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """The first `num_images` of them with their labels, each label equally often, or with these `labels`.
+
+        Raises InputError when there are not as many; no more can be had without another vote.
+        """
+        if labels is None:
+            labels = _evenly(num_images, int(self.labels.max()) + 1)
+        wanted = np.asarray(labels, np.int64)
+        rows = np.empty(num_images, np.int64)
+        for label in np.unique(wanted):
+            places, mine = np.flatnonzero(wanted == label), np.flatnonzero(self.labels == label)
+            if len(mine) < len(places):
+                raise InputError(
+                    f"{len(places)} images of label {label} were asked for and {len(mine)} were voted for: Private "
+                    "Evolution can hand on only those; ask for fewer (--num-images)"
+                )
+            rows[places] = mine[: len(places)]
+        return self.images[rows], wanted
 
 
 def evolve(
@@ -349,7 +369,7 @@ def _load(path: Path, about: dict[str, Any], reservation: Any) -> _State | None:
             turn, applied = words.pop("turn"), words.pop("applied")
             votes = saved["votes"] if "votes" in saved.files else None
             state = _State(turn, applied, saved["images"], saved["labels"], votes)
-    except (OSError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise InputError(
             f"{path} cannot be read ({error}); no budget was spent now. Use another --out"
         ) from error
