@@ -134,6 +134,28 @@ def test_each_method_asks_what_it_says_and_spends_what_it_was_given(
     assert fitted.generate(4)[0].shape == (4, 8, 8, 1)
 
 
+def test_private_evolution_releases_the_images_that_were_voted_for(made, tmp_path):
+    private, public, ledger = made
+    private.public_size = 300
+    preset = replace(TINY, votes=3, population=8, votes_encoder="pixels", sampler_steps=4)
+    fitted = model(tmp_path, method="pe", preset=preset).fit(private, public)
+    [reservation] = fitted.reservations
+    assert [(p.mechanism, p.count) for p in reservation.planned] == [("nearest_neighbour_histogram", 3)]
+    assert reservation.begun("nearest_neighbour_histogram") == 3
+    assert 0.95 * 2 < ledger.spent.epsilon <= 2 * (1 + 1e-9)
+    images, labels = fitted.generate(4)
+    assert images.shape == (4, 8, 8, 1) and labels.tolist() == [0, 0, 1, 1]
+    assert fitted.generate(2, labels=[1, 0])[0].tolist() == images[[2, 0]].tolist()
+    with pytest.raises(InputError, match="ask for fewer"):
+        fitted.generate(6)
+    assert any("has learnt nothing from the sensitive images" in warning for warning in fitted.warnings)
+
+    # Again, from what is kept: the same images, nothing more is charged.
+    head = ledger.head
+    assert np.array_equal(model(tmp_path, method="pe", preset=preset).fit(private, public).generate(4)[0], images)
+    assert ledger.head == head
+
+
 def test_counted_work_does_not_hang_on_the_machine(made, tmp_path, monkeypatch):
     private, public, _ = made
     private.public_size = 300

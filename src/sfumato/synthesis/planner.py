@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sfumato.privacy.budget import Budget
     from sfumato.privacy.dp_sgd import DPSGDPlan
     from sfumato.privacy.events import PlannedEvent
+    from sfumato.synthesis.private_evolution import EvolutionPlan
 
 FEWEST_STEPS = 20
 MORE_THAN_ENOUGH = 1.6  # times the preset's steps, when time is left
@@ -41,7 +42,7 @@ class Speeds:
 class Plan:
     """A whole run, fixed before the private images are used. Everything in it is public.
 
-    `units` is the declared or noisy number of units. `noise_multiplier` is that of DP-SGD.
+    `units` is the declared or noisy number of units. `noise_multiplier` is that of DP-SGD, or of each vote.
     """
 
     method: str
@@ -73,11 +74,17 @@ class Plan:
             expected_batch=self.sampling_probability * self.units,
         )
 
+    def evolution(self) -> EvolutionPlan:
+        """The plan of the private stage where the private images vote."""
+        return _evolution(self.preset, self.noise_multiplier)
+
     def events(self) -> list[PlannedEvent]:
         """Everything that will touch the private images, for `Ledger.reserve`; empty for `public-only`."""
-        if METHODS[self.method].private == "none":
+        kind = METHODS[self.method].private
+        if kind == "none":
             return []
-        return [*_one_shot(self.preset, query=self.query, means=self.means), self.dp_sgd().planned()]
+        stage = self.dp_sgd() if kind == "dp-sgd" else self.evolution()
+        return [*_one_shot(self.preset, query=self.query, means=self.means), stage.planned()]
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -97,16 +104,23 @@ class Plan:
             out.append(
                 f"public training: {self.public_steps} steps of {self.preset.public_batch} images{limit}"
             )
-        if METHODS[self.method].private != "none":
+        kind = METHODS[self.method].private
+        if kind == "votes":
+            out.append(
+                f"votes: {self.preset.votes} of each unit for the nearest of {self.preset.population} generated images "
+                f"({self.preset.votes_encoder}), noise multiplier {self.noise_multiplier:.4g}"
+            )
+        elif kind == "dp-sgd":
             out.append(
                 f"DP-SGD: {self.steps} steps, sampling probability {self.sampling_probability:.4g} (about "
                 f"{self.sampling_probability * self.units:.0f} units a step), {self.noise_levels} noise levels "
                 f"a unit, noise multiplier {self.noise_multiplier:.4g}, clip norm {self.preset.clip_norm:g}, "
                 f"about {self.private_seconds:.0f} s"
             )
-            out.append(f"cost: epsilon {self.epsilon:.4g} at delta {self.delta:.3g}, add or remove one unit")
-        else:
+        if kind == "none":
             out.append("cost: none, the private images are not used")
+        else:
+            out.append(f"cost: epsilon {self.epsilon:.4g} at delta {self.delta:.3g}, add or remove one unit")
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -117,6 +131,12 @@ class Plan:
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """The plan that `to_json` wrote."""
         return cls(**{**values, "preset": Preset(**values["preset"])})
+
+
+def _evolution(preset: Preset, noise_multiplier: float) -> EvolutionPlan:
+    from sfumato.synthesis.private_evolution import EvolutionPlan
+
+    return EvolutionPlan(preset.votes, preset.population, noise_multiplier)
 
 
 def _one_shot(preset: Preset, *, query: bool, means: bool) -> list[PlannedEvent]:
@@ -182,7 +202,7 @@ def make_plan(
     kind = METHODS[method]
     if kind.means and preset.means_per_label == 0:
         preset = replace(preset, means_per_label=1)
-    query, private = kind.public == "queried", kind.private != "none"
+    query, private, votes = kind.public == "queried", kind.private != "none", kind.private == "votes"
     means = private and preset.means_per_label > 0
     if kind.public in ("queried", "random") and public_classes is not None:
         per_label = min(preset.classes_per_label, public_classes // num_labels)
@@ -197,6 +217,10 @@ def make_plan(
     calls = preset.sampler_steps * (1 if preset.sampler == "ddim" else 2) - 1
     calls *= 1 if preset.guidance == 1 else 2
     generation = num_images * calls / speeds.denoised_rows
+    if votes:
+        preset = replace(preset, population=max(num_labels, min(preset.population, num_images)))
+        rows = _evolution(preset, 1.0).denoised_rows(preset.sampling(), preset.guidance, num_images)
+        generation = rows / speeds.denoised_rows
     q, steps, levels = preset.sampling_probability, preset.enough_steps, preset.noise_levels
     public_steps, public_seconds = preset.public_steps, None
     if preset.time_bound:
@@ -213,19 +237,21 @@ def make_plan(
                 "was spent. Give more time or fewer images (--num-images)"
             )
         if kind.public != "none":
-            public_seconds = left * (preset.public_share if private else 1.0)
+            public_seconds = left * (preset.public_share if kind.private == "dp-sgd" else 1.0)
         rows = (left - (public_seconds or 0)) * speeds.private_rows
         q, steps, levels = _fit(q, steps, levels, units, rows)
     if count_work and public_seconds is not None:
         passes = 2 if preset.perturbation else 1
         public_steps = max(1, round(public_seconds * speeds.public_rows / preset.public_batch / passes))
         public_seconds = None
-    private_seconds = q * units * steps * levels / speeds.private_rows if private else 0.0
+    private_seconds = q * units * steps * levels / speeds.private_rows if kind.private == "dp-sgd" else 0.0
     noise = 0.0
     if private:
         one_shot = [planned.total for planned in _one_shot(preset, query=query, means=means)]
 
         def events(noise_multiplier: float) -> Sequence[Any]:
+            if votes:
+                return [*one_shot, _evolution(preset, noise_multiplier).planned().total]
             plan = DPSGDPlan(q, steps, noise_multiplier, preset.clip_norm, levels, q * units)
             return [*one_shot, plan.planned().total]
 

@@ -7,8 +7,12 @@ published settings of PrivImage (arXiv 2311.12850) and of its runs in DPImageBen
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from sfumato.errors import InputError
+
+if TYPE_CHECKING:
+    from sfumato.diffusion.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Preset:
     private_lr: float = 2e-3
     private_ema: float = 0.95
     label_dropout: float = 0.1
+    # votes (Private Evolution)
+    votes: int = 6
+    population: int = 2_000
+    votes_encoder: str = "efficientnet-lite0"
     # share of the training time that goes to public training when there is a private stage
     public_share: float = 0.4
     time_bound: bool = True  # False: run the settings as they are, however long it takes
@@ -55,6 +63,12 @@ class Preset:
     def means_clip_norm(self) -> float:
         """The L2 norm that an image is clipped to before it is averaged."""
         return self.means_clip * (self.size**2 * self.channels) ** 0.5
+
+    def sampling(self) -> Sampler:
+        """How images are drawn."""
+        from sfumato.diffusion.sampling import Sampler
+
+        return Sampler(kind=self.sampler, steps=self.sampler_steps, sigma_max=self.sigma_max)  # type: ignore[arg-type]
 
 
 PRESETS = {

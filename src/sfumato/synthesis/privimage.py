@@ -23,8 +23,8 @@ from sfumato.data.images import ProtectedImages, PublicImages, same_content
 from sfumato.diffusion import networks
 from sfumato.diffusion.edm import EDM
 from sfumato.diffusion.generator import Generator
-from sfumato.diffusion.sampling import Sampler
 from sfumato.diffusion.training import TrainingPlan, train
+from sfumato.encoders.encoder import open_encoder
 from sfumato.errors import InputError
 from sfumato.machine import best_defaults
 from sfumato.privacy import mechanisms
@@ -40,9 +40,14 @@ from sfumato.synthesis.classifier import scores, train_query
 from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.planner import Plan, Speeds, make_plan, measure_speeds
 from sfumato.synthesis.presets import PRESETS, Preset
+from sfumato.synthesis.private_evolution import Evolved, evolve
 from sfumato.synthesis.public_images import Labelled
 from sfumato.synthesis.selection import Selection, random_classes, select_classes
 
+MODEL_OF_PE = (
+    "The model in this release is the public generator and has learnt nothing from the sensitive images: they voted "
+    "for the released images alone."
+)
 SHARE_OF_COUNT = 0.02  # of epsilon, for a noisy count of the units when their number is not declared
 
 
@@ -92,6 +97,7 @@ class PrivImage:
         self.selected: Labelled | None = None
         self.public_generator: Generator | None = None
         self.generator: Generator | None = None
+        self.population: Evolved | None = None
 
     @property
     def reservations(self) -> list[Any]:
@@ -176,7 +182,10 @@ class PrivImage:
             self._average(private, reservation)
         self._train_publicly(private, public)
         if reservation is not None:
-            self._train_privately(private, reservation)
+            if METHODS[self.method].private == "votes":
+                self._evolve(private, reservation)
+            else:
+                self._train_privately(private, reservation)
             reservation.settle()
         self.generator = self._generator(private)
         return self
@@ -184,7 +193,12 @@ class PrivImage:
     def generate(
         self, num_images: int, *, labels: Any = None, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [num_images, H, W, C] and their labels; post-processing, free."""
+        """Images uint8 [num_images, H, W, C] and their labels; post-processing, free.
+
+        By method "pe" these are images that were voted for, at most as many as the plan made.
+        """
+        if self.population is not None:
+            return self.population.take(num_images, labels)
         return self._fitted().generate(num_images, labels=labels, seed=seed)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -337,10 +351,19 @@ class PrivImage:
         self._save(done, private)
         self._stage("DP-SGD", started, f"{plan.steps} steps, {plan.rows_per_unit} noise levels a unit")
 
+    def _evolve(self, private: ProtectedImages, reservation: Any) -> None:
+        started = time.monotonic()
+        self.population = evolve(
+            self._generator(private), private, self.plan.evolution(), reservation,
+            open_encoder(self.plan.preset.votes_encoder), work_dir=self.work_dir, seed=self.seed,
+            num_images=self.num_images or self.plan.preset.num_images or self.plan.units,
+        )  # fmt: skip
+        self.warnings.append(MODEL_OF_PE)
+        self._stage("Private Evolution", started, f"{self.plan.preset.votes} votes of each unit")
+
     def _generator(self, private: ProtectedImages, network: Any = None) -> Generator:
         p = self.plan.preset
-        sampler = Sampler(kind=p.sampler, steps=p.sampler_steps, sigma_max=p.sigma_max)  # type: ignore[arg-type]
-        return Generator(network or self.network, private.label_names, self.edm, sampler, p.guidance)
+        return Generator(network or self.network, private.label_names, self.edm, p.sampling(), p.guidance)
 
     def _save(self, folder: Path, private: ProtectedImages) -> None:
         partial = folder.with_name(folder.name + ".partial")
