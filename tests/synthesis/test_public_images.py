@@ -11,6 +11,7 @@ from sfumato.synthesis.public_images import (
     centers,
     selected,
     with_means,
+    with_random_labels,
 )
 from sfumato.synthesis.selection import Selection
 
@@ -35,11 +36,31 @@ def test_selected_classes_come_under_the_labels_they_were_selected_for():
     assert weights == pytest.approx(0.25)
 
 
-def test_all_images_get_labels_that_say_nothing():
-    images, labels, weights = all_of_them(public(per_class=500), 2, seed=0)
+def test_random_labels_say_nothing():
+    images, labels, weights = with_random_labels(public(per_class=500), 2, seed=0)
     assert len(images) == 1500 and (weights == 1).all()
     for shown in (0, 50, 100):
         assert 0.4 < labels[images[:, 0, 0, 0] == shown].mean() < 0.6
+
+
+def test_all_images_keep_their_class_together_under_a_blind_label():
+    names = tuple(str(number) for number in range(5))
+    images, labels, _ = all_of_them(public(names), 2, seed=0)
+    assert len(images) == 20
+    label_of = [set(labels[images[:, 0, 0, 0] == 50 * number].tolist()) for number in range(5)]
+    assert all(len(found) == 1 for found in label_of) and {2, 3} == {
+        sum(found == {label} for found in label_of) for label in (0, 1)
+    }
+    assert not np.array_equal(labels, all_of_them(public(names), 2, seed=3).labels)
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_without_enough_classes_labels_are_random(unlabelled):
+    few = public(("cat",), per_class=600)
+    if unlabelled:
+        few = public(per_class=600)
+        few.labels = np.full(1800, -1)
+    assert 0.4 < all_of_them(few, 2, seed=0).labels.mean() < 0.6
 
 
 def test_names_are_matched_only_when_every_label_has_one():

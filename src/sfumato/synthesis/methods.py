@@ -9,8 +9,8 @@ from typing import Literal
 @dataclass(frozen=True)
 class Method:
     """public: the public images that training starts from: none; "queried" (the classes that a private query
-    chose); "random" (as many classes, drawn blindly); "all"; "named" (the classes that bear a label's name, all
-    images where there are none). means: first train on noisy mean images of each label (DP-FETA). private:
+    chose); "random" (as many classes, drawn blindly); "all" (each class under a label drawn blindly); "named" (the
+    classes that bear a label's name; where a label has none, all images, each under a random label). means: first train on noisy mean images of each label (DP-FETA). private:
     what is then learnt from the private images, by DP-SGD or by votes among generated images.
     """
 
@@ -26,6 +26,6 @@ METHODS = {
     "feta": Method("none", means=True),  # arXiv 2504.01395
     "pdp": Method("all"),  # PDP-Diffusion, arXiv 2302.13861
     "random-selection": Method("random"),
-    "pe": Method("all", private="votes"),  # Private Evolution, arXiv 2305.15560
+    "pe": Method("named", private="votes"),  # Private Evolution, arXiv 2305.15560
     "public-only": Method("named", private="none"),
 }

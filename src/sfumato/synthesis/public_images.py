@@ -25,7 +25,19 @@ def selected(public: PublicImages, selection: Selection) -> Labelled:
 
 
 def all_of_them(public: PublicImages, num_labels: int, seed: int) -> Labelled:
-    """All public images, under random labels: nothing says which public class resembles which label."""
+    """All public images, each public class under one label, drawn blindly; without classes each image by itself.
+
+    So training learns to tell labels apart, while nothing says which class resembles which label.
+    """
+    classes = len(public.label_names or ())
+    if classes < num_labels or (public.labels < 0).any():
+        return with_random_labels(public, num_labels, seed)
+    label_of = np.random.default_rng(seed).permutation(classes) % num_labels
+    return Labelled(public.images, label_of[np.asarray(public.labels)], np.ones(len(public)))
+
+
+def with_random_labels(public: PublicImages, num_labels: int, seed: int) -> Labelled:
+    """All public images, each under a label of its own drawn blindly: the label means nothing."""
     labels = np.random.default_rng(seed).integers(num_labels, size=len(public))
     return Labelled(public.images, labels, np.ones(len(public)))
 
@@ -34,7 +46,7 @@ def by_name(public: PublicImages, label_names: tuple[str, ...], seed: int) -> La
     """The classes that bear a label's name; where a label has none, all images under random labels."""
     names = list(public.label_names or ())
     if not all(name in names for name in label_names):
-        return all_of_them(public, len(label_names), seed)
+        return with_random_labels(public, len(label_names), seed)
     classes = tuple((names.index(name),) for name in label_names)
     return selected(public, Selection(classes, tuple((1.0,) for _ in label_names)))
 
