@@ -10,8 +10,9 @@ from typing import Literal
 class Method:
     """public: the public images that training starts from: none; "queried" (the classes that a private query
     chose); "random" (as many classes, drawn blindly); "all" (each class under a label drawn blindly); "named" (the
-    classes that bear a label's name; where a label has none, all images, each under a random label). means: first train on noisy mean images of each label (DP-FETA). private:
-    what is then learnt from the private images, by DP-SGD or by votes among generated images.
+    classes that bear a label's name; where a label has none, all images, each under a random label).
+    means: first train on noisy mean images of each label (DP-FETA). private: what is then learnt from the
+    private images, by DP-SGD or by votes among generated images.
     """
 
     public: Literal["none", "queried", "random", "all", "named"]
