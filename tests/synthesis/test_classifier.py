@@ -1,6 +1,9 @@
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 from sfumato.data.glyphs import GLYPHS, render_glyphs
+from sfumato.encoders.classifier import query_network, train_classifier
 from sfumato.synthesis.classifier import scores, train_query
 
 
@@ -20,3 +23,17 @@ def test_learns_the_public_classes_and_treats_each_image_by_itself(tmp_path):
 
 def test_glyph_classes_are_distinct_signs():
     assert len(set(GLYPHS)) == len(GLYPHS)
+
+
+def test_the_query_is_the_shared_loop_on_its_own_network_and_its_file_holds_its_state(tmp_path):
+    images, labels, _ = render_glyphs(size=16, per_class=2, seed=0)
+    saved = tmp_path / "folder" / "query.safetensors"
+    network = train_query(images, labels, len(GLYPHS), steps=3, seed=6, saved=saved, batch=32)
+    torch.manual_seed(6)
+    wanted = query_network(1, len(GLYPHS))
+    train_classifier(wanted, images, labels, steps=3, seed=6, batch=32, lr=3e-3, description="x")
+    stored = load_file(saved)
+    assert set(stored) == set(wanted.state_dict()) == set(network.state_dict())
+    for name, value in wanted.state_dict().items():
+        assert torch.equal(value, stored[name]) and torch.equal(value, network.state_dict()[name])
+    assert not network.training and [path.name for path in saved.parent.iterdir()] == [saved.name]
