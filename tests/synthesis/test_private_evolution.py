@@ -135,9 +135,9 @@ def test_random_votes_move_it_nowhere(tmp_path, monkeypatch):
 
 
 def test_votes_drowned_in_noise_move_it_nowhere(tmp_path):
-    done = run(tmp_path, plan=replace(PLAN, noise_multiplier=1000.0))
+    done = run(tmp_path, plan=replace(PLAN, noise_multiplier=1000.0, threshold=0.0))
     first, labels = GENERATOR.generate(120, seed=3)
-    assert distance(done.images, done.labels) > 0.9 * distance(first, labels)
+    assert distance(done.images, done.labels) > 0.85 * distance(first, labels)
 
 
 def test_looking_ahead_also_finds_them(tmp_path):

@@ -50,7 +50,7 @@ def nearest_neighbour_histogram(
     embed: Embed,
     noise_multiplier: float,
     reservation: Reservation,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> tuple[np.ndarray, DpEvent]:
     """One `VoteCounter.votes`, for a single set of candidates; see there for arguments and guarantee."""
     counter = VoteCounter(private, embed, noise_multiplier, batch_size)
@@ -72,7 +72,7 @@ class VoteCounter:
     """
 
     def __init__(
-        self, private: ProtectedImages, embed: Embed, noise_multiplier: float, batch_size: int = 64
+        self, private: ProtectedImages, embed: Embed, noise_multiplier: float, batch_size: int = 32
     ) -> None:
         self._event = nearest_neighbour_histogram_event(noise_multiplier)
         self._noise_multiplier = float(noise_multiplier)
