@@ -222,7 +222,7 @@ def share_public_work(options, method, epsilon, seed, work: Path) -> None:
     """Take over the stages of a finished cell that rest on the same public images and seed, and on no budget."""
     for other in options.epsilons:
         done = cell_folder(options, method, other, seed)
-        if other == epsilon or not (done / "result.json").exists():
+        if other == epsilon or not (done / "images.npz").exists():
             continue
         work.mkdir(parents=True, exist_ok=True)
         if method in ("pdp", "random-selection", "pe") and not (work / "public").exists():
