@@ -17,6 +17,7 @@ from sfumato.errors import SfumatoError
 VERBS = {
     "synthesize": "make a differentially private image set from sensitive images",
     "generate": "make more images with a released model; costs no budget",
+    "evaluate": "measure synthetic images against the real ones, for the owner's eyes",
     "plan": "show what a privacy and a time budget buy; reads no private data",
     "ledger": "create, show, verify or close the privacy account of a set of images",
     "checks": "show versions and machine settings, and test the gradient engine here",
