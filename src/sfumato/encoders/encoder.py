@@ -87,17 +87,17 @@ def open_encoder(spec: str) -> Encoder:
         return Pixels()
     from sfumato.encoders import user
 
-    name, place = _named(spec)
-    if place.startswith("hf:"):
-        return user.transformers_encoder(user.downloaded(place), name)
-    path = Path(place).expanduser()
     try:
+        name, place = _named(spec)
+        path = Path(place).expanduser()
+        if place.startswith("hf:"):
+            return user.transformers_encoder(user.downloaded(place), name)
         if path.is_dir():
             return user.transformers_encoder(path, name)
         if path.is_file():
             return user.torchscript_encoder(path, name)
     except OSError as error:  # no permission, or a name no file can have
-        raise bad_source(place, f"cannot be read ({error.strerror or error})", "allow reading it") from None
+        raise bad_source(spec, f"cannot be read ({error.strerror or error})", "allow reading it") from None
     raise bad_source(place, "is no encoder and no such file or folder exists", ACCEPTED)
 
 
@@ -106,9 +106,9 @@ def _named(spec: str) -> tuple[str, str]:
     name, given, place = spec.partition("=")
     if not given or Path(spec).exists():
         place = spec
-        own = place.rpartition("/")[2] if place.startswith("hf:") else Path(place).resolve().name
-        stem = own if place.startswith("hf:") or Path(place).is_dir() else Path(own).stem
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.")[:64]
+        path = Path(place.removeprefix("hf:")).expanduser().resolve()
+        own = path.name if place.startswith("hf:") or path.is_dir() else path.stem
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", own).strip("-.")[:64]
     if not place or not _NAME.fullmatch(name) or name.lower() in BUILT_IN:
         problem = f"cannot go by the name '{name}'"
         raise bad_source(
@@ -171,7 +171,8 @@ class NetworkEncoder:
         return marked_like(images, features)
 
     def _encode(self, images: np.ndarray) -> np.ndarray:
-        x = torch.tensor(np.asarray(images), device=device()).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+        x = torch.tensor(np.ascontiguousarray(images), device=device()).permute(0, 3, 1, 2)
+        x = x.expand(-1, 3, -1, -1).contiguous()  # one layout, hence one rounding, however the images came
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             rows = self._forward(self._prepare(x))
         if not isinstance(rows, Tensor) or rows.ndim != 2 or len(rows) != len(x):
