@@ -123,6 +123,13 @@ def test_invariances(seed, count_x, count_y, dimension):
     assert distance(x, x[::-1]) <= 1e-12 * scale(x, x)
 
 
+def test_the_features_are_left_as_they_are():
+    features = normal(0)
+    before = features.copy()
+    Moments.of(features)
+    assert np.array_equal(features, before)
+
+
 def test_rank_deficient_sets_are_exact():
     """Two sets in orthogonal subspaces share nothing: the distance is the sum of all variances and the gap."""
     rng = np.random.default_rng(0)

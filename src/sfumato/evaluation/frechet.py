@@ -15,8 +15,8 @@ BLOCK = 4096  # rows in memory at a time
 
 
 def read_rows(features: np.ndarray, rows: slice | np.ndarray, name: str = "features") -> np.ndarray:
-    """`features[rows]` in float64, [rows, D]; NaN or infinity among them is an InputError."""
-    block = np.asarray(features[rows], np.float64)
+    """A copy of `features[rows]` in float64, [rows, D]; NaN or infinity among them is an InputError."""
+    block = np.array(features[rows], np.float64)
     if not np.isfinite(block).all():
         bad = int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
         position = int(np.arange(len(features))[rows][bad])
@@ -84,8 +84,8 @@ class Moments:
             return
         total = self.count + len(block)
         shift = mean - self._mean
-        self._scatter += scatter
-        self._scatter += np.outer(shift, shift) * (self.count * len(block) / total)
+        scatter += np.outer(shift, shift) * (self.count * len(block) / total)
+        self._scatter = self._scatter + scatter
         self._mean = self._mean + shift * (len(block) / total)
         self.count = total
 
