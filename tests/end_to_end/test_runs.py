@@ -175,6 +175,38 @@ def test_dpdm_needs_no_public_images(data, tiny, tmp_path, capsys):
     verified(out, tiny, capsys)
 
 
+@pytest.mark.parametrize(
+    ("method", "asked", "says"),
+    [
+        (
+            "privimage+feta",
+            ["semantic_histogram", "mean_images", "dp_sgd"],
+            "query chose and noisy mean images",
+        ),
+        ("feta", ["mean_images", "dp_sgd"], None),
+        ("pdp", ["dp_sgd"], "trained on public images: the"),
+        ("random-selection", ["dp_sgd"], "trained on public images: the"),
+        ("pe", ["nearest_neighbour_histogram"], "the difference is what the votes bought"),
+    ],
+)
+def test_the_baselines_run_from_the_same_command_line(data, tiny, tmp_path, capsys, method, asked, says):
+    out = tmp_path / "run"
+    public = () if method == "feta" else ("--public", data.public, "--robust", 0.1)
+    command = ("synthesize", data.private, *public, "--method", method, "--epsilon", 2, "--num-images", 6,
+               "--holdout", data.holdout, "--public-size", 160, "--out", out)  # fmt: skip
+    assert tiny(*command) == 0
+    claim = certificate(out)
+    assert [event["mechanism"] for event in claim["reservations"][0]["events"]] == asked
+    assert 1.9 < claim["epsilon"] <= 2 * (1 + 1e-9)
+    verified(out, tiny, capsys)
+    page = " ".join((out / "release" / "report.html").read_text(encoding="utf-8").split())
+    assert ("Beside them" in page) == (says is not None) and (says is None or says in page)
+    assert ("has learnt nothing from the sensitive images" in page) == (method == "pe")
+    # Again: nothing is done and nothing is spent.
+    spent = Ledger.open(out / "internal" / "ledger.db").head
+    assert tiny(*command) == 0 and Ledger.open(out / "internal" / "ledger.db").head == spent
+
+
 def test_public_only_costs_nothing(data, tiny, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ("synthesize", data.private, "--public", data.public, "--method", "public-only", "--epsilon", 2,

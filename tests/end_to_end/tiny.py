@@ -29,7 +29,8 @@ def settings():
     speeds = Speeds(5000.0, 5000.0, 5000.0)
     demo = replace(
         presets.PRESETS["demo"], size=8, query_steps=30, public_steps=8, public_batch=32, sampler_steps=3,
-        enough_steps=STEPS, noise_levels=1, num_images=None, time_bound=False,
+        enough_steps=STEPS, noise_levels=1, num_images=None, time_bound=False, means_steps=4,
+        votes=3, population=8, votes_encoder="pixels",
     )  # fmt: skip
     yield mock.patch.dict(presets.PRESETS, demo=demo)
     for module in ("run", "privimage"):

@@ -130,6 +130,7 @@ def _page(facts: ReleaseFacts) -> dict[str, Any]:
             for reservation in certificate["reservations"]
         ],
         "samples": _samples(facts),
+        "last_stage": "the votes" if facts.method == "pe" else "DP-SGD",
         "labels_left_out": max(0, len(facts.label_names) - LABELS_SHOWN) if facts.has_labels else 0,
         "selection": _selection(facts),
         "histogram": _histogram(facts),

@@ -16,14 +16,21 @@ from sfumato.data.images import OwnerImages, ProtectedImages
 from sfumato.errors import InputError
 from sfumato.evaluation.downstream import downstream_accuracy
 from sfumato.report.facts import AccuracyRow, OwnerFacts
+from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.planner import FLOOR_IMAGES
 from sfumato.synthesis.privimage import PrivImage
 
-CLASSIFIERS = {"privimage": 4, "public-only": 3, "dpdm": 2}  # trained by `figures`, with a labelled holdout
 CLASSIFIER_IMAGES = 4_000
 NO_HOLDOUT = "No labelled holdout was given (--holdout), so nothing was measured on real images."
 
 Images = tuple[np.ndarray, np.ndarray]
+
+
+def classifiers(method: str) -> int:
+    """How many classifiers `figures` trains for a method, with a labelled holdout."""
+    kind = METHODS[method]
+    floors = 0 if kind.public == "none" else 1 if kind.private == "none" else 2
+    return 2 + floors
 
 
 def check_holdout(holdout: OwnerImages, private: ProtectedImages, spec: str) -> None:

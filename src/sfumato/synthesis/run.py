@@ -30,9 +30,10 @@ from sfumato.report.cards import card
 from sfumato.report.certificate import certificate
 from sfumato.report.facts import AccuracyRow, ReleaseFacts, Stage, releasable_options
 from sfumato.report.html import internal_report, release_report
+from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.options import SynthesizeOptions
 from sfumato.synthesis.options import seconds as in_seconds
-from sfumato.synthesis.owner_figures import CLASSIFIERS, check_holdout, figures
+from sfumato.synthesis.owner_figures import check_holdout, classifiers, figures
 from sfumato.synthesis.planner import Plan, make_plan, measure_speeds
 from sfumato.synthesis.presets import Preset, preset_for
 from sfumato.synthesis.privimage import PrivImage
@@ -129,7 +130,7 @@ def _dry_run(options: SynthesizeOptions, preset: Preset, budget: Budget) -> None
     plan = plan_for(
         method=options.method, preset=preset, budget=budget, time_budget=options.time_budget,
         units=options.units or ASSUMED_UNITS, labels=labels, public_classes=classes,
-        num_images=options.num_images, classifiers=CLASSIFIERS[options.method] if options.holdout else 0,
+        num_images=options.num_images, classifiers=classifiers(options.method) if options.holdout else 0,
     )  # fmt: skip
     print("\n".join(plan.lines()))
     assumed = [] if options.units else [f"{ASSUMED_UNITS:,} units (--public-size)"]
@@ -169,10 +170,10 @@ def _run(
             check_holdout(holdout, private, str(options.holdout))
         model = PrivImage(
             budget=budget, method=options.method, preset=preset, seconds=seconds,
-            num_images=options.num_images, classifiers=CLASSIFIERS[options.method] if measured else 0,
+            num_images=options.num_images, classifiers=classifiers(options.method) if measured else 0,
             work_dir=internal.directory("checkpoints"), seed=options.seed,
         )  # fmt: skip
-        if options.method != "public-only" and fresh:
+        if METHODS[options.method].private != "none" and fresh:
             _check_left(ledger, budget, options)
         with _naming(options.time_budget):
             plan = model.prepare(private, public)
@@ -298,7 +299,7 @@ def _finished(folder: RunFolder) -> SynthesizeResult | None:
 
 
 def _certificate(options: SynthesizeOptions, model: PrivImage, ledger: Ledger) -> dict[str, Any]:
-    none = options.method == "public-only"
+    none = METHODS[options.method].private == "none"
     return certificate(
         model.reservations, unit=options.unit, public_size=None if none else model.plan.units,
         budget=None if none else model.budget, software=_software(),
