@@ -148,6 +148,16 @@ def test_group_privacy_is_used_where_no_replace_one_distribution_exists():
     assert truth <= replaced < 2 * truth
 
 
+def test_the_group_bound_is_found_by_pld_where_the_smallest_deltas_are_beyond_it():
+    events, delta = [GaussianDpEvent(5.0), DiscreteLaplaceDpEvent(0.5, 1)], 1e-6
+    assert epsilon_of(events, 1e-30) == math.inf  # what once sent the search astray, to RDP's bound
+    replaced = epsilon_of(events, delta, relation=REPLACE_ONE)
+    accountant = PLDAccountant().compose(DiscreteLaplaceDpEvent(0.5, 2)).compose(GaussianDpEvent(2.5))
+    truth = float(accountant.get_epsilon(delta))
+    assert truth <= replaced <= 1.2 * truth
+    assert replaced < 0.6 * epsilon_of(events, delta, relation=REPLACE_ONE, accountant="rdp")
+
+
 @pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_edges(relation, accountant):

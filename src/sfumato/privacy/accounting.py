@@ -267,11 +267,9 @@ def _two_steps(epsilon: Callable[[float], float], delta: float) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         at_middle = epsilon(math.exp(middle))
-        if (
-            math.isfinite(at_middle)
-            and at_middle < 600
-            and (1 + math.exp(at_middle)) * math.exp(middle) <= delta
-        ):
+        if at_middle > 600:  # so small a delta is below what the PLD resolves: a larger one may do
+            low = middle
+        elif (1 + math.exp(at_middle)) * math.exp(middle) <= delta:
             best, low = min(best, 2 * at_middle), middle
         else:
             high = middle
