@@ -15,6 +15,7 @@ from sfumato.encoders.encoder import open_encoder
 from sfumato.errors import InputError
 from sfumato.evaluation import feature_metrics, run
 from sfumato.evaluation.frechet import Moments, frechet_distance
+from sfumato.evaluation.image_sets import ImageSet
 from sfumato.evaluation.options import EvaluateOptions
 from sfumato.evaluation.run import COPIED, Place, evaluate
 
@@ -362,15 +363,26 @@ def test_the_protected_images_are_never_taken_for_public(sets, tmp_path):
     with np.load(sets.private) as kept:
         np.savez(tmp_path / "copy.npz", **kept)
     turned = sets.write("turned", images[::-1].copy(), labels[::-1].copy())
+    subset = sets.write("subset", images[30:50], labels[30:50])
     mixed_images, mixed_labels = draw(30, 4)
-    mixed_images[7] = images[11]
+    mixed_images[:6] = images[11:17]
     mixed = sets.write("mixed", mixed_images, mixed_labels)
-    for against in (sets.private, str(tmp_path / "copy.npz"), turned, mixed):
+    for against in (sets.private, str(tmp_path / "copy.npz"), turned, subset, mixed):
         line = refused(sets, against=against, holdout=None, reference_is_public=True)
         assert "the same, or one holds the other" in line or "among those that the run protects" in line
     line = refused(sets, against=sets.public, holdout=mixed, reference_is_public=True)
-    assert "--holdout: 1 of its images" in line
+    assert "--holdout: 6 of its 60 images" in line
     assert not (sets.run / "release" / "evaluation").exists()
+
+
+def test_a_stray_protected_image_is_told_to_the_owner_alone(sets, capsys):
+    images, labels = draw(30, 4)
+    images[0] = draw(40, 1)[0][0]
+    stray = sets.write("stray", images, labels)
+    evaluate(options(sets, against=stray, holdout=None, reference_is_public=True))
+    assert "--against: 1 of its 60 images are among those" in capsys.readouterr().err
+    for file in (sets.run / "release" / "evaluation").iterdir():
+        assert "protects" not in file.read_text()
 
 
 def test_when_the_protected_images_cannot_be_seen_nothing_is_public(sets, tmp_path):
@@ -420,3 +432,45 @@ def test_built_in_sets_bring_their_holdout(sets, monkeypatch):
     asked = []
     monkeypatch.setattr(run, "default_holdout", lambda spec: asked.append(spec) or sets.held)
     assert summary_of(sets, holdout=None)["holdout"]["images"] == 30 and asked == [sets.private]
+
+
+def test_of_many_labels_those_of_the_synthetic_images_are_shown(sets):
+    names = [f"n{number:02d}" for number in range(60)]
+    images = np.concatenate([draw(30, 1)[0], draw(2, 2)[0]])
+    np.savez("many.npz", images=images, labels=np.array([*names, "no", "one/two", "no", "no"]))
+    shown = [name for name, _, _ in evaluate(options(sets, against="many.npz")).gallery.value]
+    assert (
+        len(shown) == run.LABELS_SHOWN and set(NAMES) <= set(shown) and "n00" in shown and "n59" not in shown
+    )
+
+
+def test_a_holdout_of_another_number_is_said(sets):
+    said = "There are 40 synthetic and 30 held-out images."
+    assert any(note.startswith(said) for note in summary_of(sets)["notes"])
+    equal = sets.write("equal", *draw(20, 3))
+    assert not any(note.startswith("There are") for note in summary_of(sets, holdout=equal)["notes"])
+
+
+def test_a_huge_set_is_learned_from_in_part(sets, monkeypatch):
+    seen = []
+    learn = run.downstream_accuracies
+    monkeypatch.setattr(run, "MOST_LEARNED", 35)
+    monkeypatch.setattr(
+        run, "downstream_accuracies", lambda *s, **k: seen.append([len(each) for each in s]) or learn(*s, **k)
+    )
+    summary = summary_of(sets)
+    assert seen == [[35, 35, 30, 30], [35, 35, 30, 30]] and any(
+        "35 images of a set" in n for n in summary["notes"]
+    )
+    assert summary["accuracy"]["mean"]["mean"] > 0.9 and summary["synthetic"]["images"] == 40
+
+
+def test_images_without_a_label_among_labelled_ones_are_left_out():
+    some = ImageSet(
+        "x", draw(20, 2)[0], np.where(np.arange(40) % 4, draw(20, 2)[1], -1), np.empty(40, "V16"), "0"
+    )
+    pixels, labels = run._labelled(some)
+    assert len(pixels) == len(labels) == 30 and (labels >= 0).all()
+    np.testing.assert_array_equal(pixels, draw(20, 2)[0][np.arange(40) % 4 > 0])
+    nothing = ImageSet("x", draw(20, 2)[0], np.full(40, -1), np.empty(40, "V16"), "0")
+    assert run._labelled(nothing) is None

@@ -32,7 +32,7 @@ FIGURES = {
     "fld_gap": ("FLD gap", "lower", "FLD on held-out less FLD on the real images; large for memorised images"),
 }  # fmt: skip
 BARS = ("precision", "recall", "density", "coverage", "authenticity")
-SCATTER_SIDE, SCATTER_REACH = 340, 3.5  # pixels; standard deviations from the middle
+SCATTER_SIDE, SCATTER_REACH = 340, 3.0  # pixels; standard deviations from the middle
 CLASSIFIERS = {
     "logistic-regression": "logistic regression", "mlp": "MLP", "cnn": "CNN", "resnet": "ResNet", "mean": "mean",
 }  # fmt: skip
