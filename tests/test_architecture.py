@@ -30,6 +30,11 @@ ALLOWED: dict[str, set[str]] = {
 EVERYBODY = {"checkpoint", "errors", "progress"}
 FOREIGN = {"torchvision", "accelerate", "lightning", "pytorch_lightning", "hydra", "opacus", "torch_fidelity"}
 LOADERS = {"import_module", "__import__"}
+# The two loaders of other people's weights; TorchScript is a program, and the guide says so.
+EXCUSED = {
+    "encoders/efficientnet.py": {"torch.load(weights_only=True)"},
+    "encoders/user.py": {"torch.jit.load"},
+}
 PICKLE = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -84,7 +89,8 @@ def dangerous(source: str) -> list[str]:
             "eval",
             "exec",
         ):
-            found.append(name)
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            found.append(name + "(weights_only=True)" * (name == "torch.load" and safe))
         if name in ("np.load", "numpy.load"):
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             if keywords.get("allow_pickle", "False") != "False":
@@ -99,7 +105,8 @@ def test_dependencies_point_one_way(path):
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_dangerous_or_foreign(path):
-    assert dangerous(path.read_text(encoding="utf-8")) == []
+    excused = EXCUSED.get(path.relative_to(PACKAGE).as_posix(), set())
+    assert set(dangerous(path.read_text(encoding="utf-8"))) - excused == set()
 
 
 def test_every_room_has_its_rule():
@@ -175,7 +182,7 @@ HEAVY = (
         "from sfumato.cli.main import main; main(['synthesise'])",
         *(
             f"from sfumato.cli.main import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass"
-            for verb in ("synthesize", "generate", "plan", "ledger", "checks")
+            for verb in ("synthesize", "generate", "evaluate", "plan", "ledger", "checks")
         ),
     ],
 )

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SfumatoError as error:
         return _error(str(error), error.exit_status)
     except KeyboardInterrupt:
-        again = "" if verb != "synthesize" else " Run the same command again to resume."
+        again = " Run the same command again to resume." if verb in ("synthesize", "evaluate") else ""
         print(f"\nsfumato: interrupted.{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
