@@ -10,7 +10,8 @@ ten minutes of an idle core.
 
 size, network, K: every image is in every step's batch (q = 1), so a step has an exact number of rows (image x noise
 level). A step is everything between two updates: charging the ledger, drawing, gathering, clipped gradients, noise and
-Adam. Peak memory is that of the process, above what it held before the images were opened.
+Adam. Memory is the peak of resident memory during these steps, above what the process held just before `dp_sgd` (on an
+accelerator: the peak of what was allocated there).
 
 n: images of 16 pixels in an idx file, opened (decoded and cached) and opened again, and a step that draws 64 rows on
 average from all n; of it, drawing the batch and charging the ledger are also timed alone.
@@ -71,9 +72,10 @@ def main() -> None:
         if json.dumps(point) in finished(file):
             continue
         print("measuring", *(f"{name}={value}" for name, value in point.items()), file=sys.stderr, flush=True)
-        row = {"point": point, **in_a_child(point)}
-        with open(file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        rows = {**finished(file), json.dumps(point): {"point": point, **in_a_child(point)}}
+        half = file.with_suffix(".part")
+        half.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
+        os.replace(half, file)
     done = finished(file)
     print(tables([done[json.dumps(point)] for point in wanted]))
 
@@ -90,15 +92,11 @@ def points(tier: str, axes: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def finished(file: Path) -> dict[str, dict[str, Any]]:
-    """Rows by point; a line cut short by an interruption does not count."""
-    rows = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[json.dumps(row["point"])] = row
-    return rows
+    """Rows by point."""
+    rows = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    )
+    return {json.dumps(row["point"]): row for row in rows}
 
 
 def in_a_child(point: dict[str, Any]) -> dict[str, Any]:
@@ -134,12 +132,12 @@ def step_point(folder: Path, point: dict[str, Any], rows: int, seconds: float, d
     units = rows // point["K"]
     write_images(folder, units, point["size"])
     network = unet(point["network"], point["size"], device)
-    idle = peak_mb()
     private = open_images(folder, point["size"])
-    step = statistics.median(steps(folder, private, network, 1.0, units, point["K"], seconds, device))
+    taken, memory = steps(folder, private, network, 1.0, units, point["K"], seconds, device)
+    step = statistics.median(taken)
     return {
         "parameters": parameter_count(network), "rows": units * point["K"], "step_s": step,
-        "rows_per_s": units * point["K"] / step, "peak_mb": above(idle, device), "device": device.type,
+        "rows_per_s": units * point["K"] / step, "peak_mb": memory, "device": device.type,
     }  # fmt: skip
 
 
@@ -150,7 +148,7 @@ def count_point(folder: Path, n: int, rows: int, seconds: float, device: Any) ->
 
     write_images(folder, n, BASE["size"])
     network = unet(BASE["network"], BASE["size"], device)
-    idle = peak_mb()
+    idle = reset_peak()
     start = time.process_time()
     open_images(folder, BASE["size"])
     opened = time.process_time()
@@ -163,12 +161,12 @@ def count_point(folder: Path, n: int, rows: int, seconds: float, device: Any) ->
     draws = [elapsed(sampler.sample) for _ in range(5)]
     held, event = reservation(folder / "charges.db", q, 200, BASE["K"], units)
     charges = [elapsed(lambda: held.begin("dp_sgd", event)) for _ in range(20)]
-    taken = steps(folder, private, network, q, units, BASE["K"], seconds, device)
+    taken, memory = steps(folder, private, network, q, units, BASE["K"], seconds, device)
     return {
         "rows": units * BASE["K"], "open_s": opened - start, "again_s": again - opened, "opening_mb": opening,
         "draw_s": statistics.median(cpu for cpu, _ in draws), "charge_s": statistics.median(c for c, _ in charges),
         "charge_wall_s": statistics.median(wall for _, wall in charges), "step_s": statistics.mean(taken),
-        "peak_mb": above(idle, device), "device": device.type,
+        "peak_mb": memory, "device": device.type,
     }  # fmt: skip
 
 
@@ -178,8 +176,9 @@ class Enough(Exception):
 
 def steps(
     folder: Path, private: Any, network: Any, q: float, units: int, per_unit: int, seconds: float, device: Any
-) -> list[float]:
-    """Seconds of each step of `dp_sgd` but the first, from one learning rate it asks for to the next."""
+) -> tuple[list[float], float]:
+    """Seconds of each step of `dp_sgd` but the first, from one learning rate it asks for to the next, and the
+    peak memory of these steps in MB, above what the process held before `dp_sgd`."""
     import torch
 
     from sfumato.checkpoint import WeightAverage
@@ -189,12 +188,15 @@ def steps(
     edm, most = EDM(), 200
     no_label = network.config.num_class_embeds - 1
     held, _ = reservation(folder / "steps.db", q, most, per_unit, units)
+    idle = reset_peak()
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     stamps: list[float] = []
 
     def rate(step: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
+        if len(stamps) == 1:
+            reset_peak()
         stamps.append(clock())
         if len(stamps) >= 4 and stamps[-1] - stamps[1] >= seconds:
             raise Enough
@@ -209,7 +211,8 @@ def steps(
             row_loss=edm.row_loss, optimizer=torch.optim.Adam(network.parameters()), lr=rate,
             ema=WeightAverage(network, 0.999),
         )  # fmt: skip
-    return [float(s) for s in np.diff(stamps[1:])]
+    on_device = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb() - idle
+    return [float(s) for s in np.diff(stamps[1:])], on_device
 
 
 NOISE = 100.0  # so much that pricing the reservation is quick; the time of a step does not depend on it
@@ -268,15 +271,18 @@ def elapsed(work: Any) -> tuple[float, float]:
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process so far."""
+    """Peak resident memory of this process since `reset_peak` (Linux), else since its start."""
+    if Path("/proc/self/status").is_file():
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def above(idle: float, device: Any) -> float:
-    """Peak memory above `idle`, of the accelerator where there is one."""
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb() - idle
+def reset_peak() -> float:
+    """Forget the peak of resident memory where the system can; what is resident now, in MB."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return peak_mb()
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -299,8 +305,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     if several:
         lines += [
             *([""] if lines else []),
-            "| n | open, s (processor) | again, s | peak MB | draw a batch, ms | charge a step, ms (wall) | "
-            "a step, s | peak MB |",
+            "| n | open, s (processor) | again, s | opening, MB | draw a batch, ms | charge a step, ms (wall) | "
+            "a step, s | steps, MB |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in several:
