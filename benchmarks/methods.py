@@ -54,12 +54,12 @@ CPU = {
         "classes_per_label": 1, "votes": 5, "population": 2000, "votes_encoder": "pixels",
     },
     "cifar10": {
-        "size": 16, "network": "tiny", "num_images": 2000, "guidance": 1.0, "sampler_steps": 8, "query_steps": 1500,
+        "size": 16, "network": "tiny", "num_images": 2000, "guidance": 1.0, "sampler_steps": 8, "query_steps": 1000,
         "sampling_probability": 1 / 200, "enough_steps": 100, "noise_levels": 2, "public_share": 0.6,
-        "query_noise": 50.0, "classes_per_label": 1, "votes": 5, "population": 2000, "votes_encoder": "pixels",
+        "classes_per_label": 1, "votes": 5, "population": 2000, "votes_encoder": "pixels",
     },
 }  # fmt: skip
-WORK = {"fashion-mnist": (90.0, (1200, 500, 2600)), "cifar10": (120.0, (850, 385, 1900))}
+WORK = {"fashion-mnist": (75.0, (1200, 500, 2600)), "cifar10": (100.0, (850, 385, 1900))}
 
 
 def main() -> None:

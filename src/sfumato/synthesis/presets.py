@@ -75,10 +75,10 @@ PRESETS = {
     "demo": Preset(size=16, num_images=3000, guidance=1.2),
     "fashion-mnist": Preset(
         size=16, network="tiny-adaptive", num_images=4000, sampling_probability=0.005, enough_steps=400,
-        query_noise=50.0, guidance=1.2, public_lr=5e-3,
+        guidance=1.2, public_lr=5e-3,
     ),
     "cifar10": Preset(
-        size=32, channels=3, network="medium", num_images=5000, sampling_probability=0.1, query_noise=100.0
+        size=32, channels=3, network="medium", num_images=5000, sampling_probability=0.1
     ),
     "paper-fashion-mnist": Preset(
         network="paper", query_noise=50.0, query_steps=20_000, public_steps=40_000, public_batch=1024,
