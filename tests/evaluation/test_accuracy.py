@@ -266,7 +266,7 @@ def test_a_figure_is_remembered_for_its_inputs_only(monkeypatch, tmp_path):
         images, same_labels[0], test, same_labels[1], num_classes=2, classifiers=("cnn",), remembered=file
     )
     assert len(json.loads(file.read_text())) == len(inputs)
-    monkeypatch.setattr(accuracy, "PROTOCOL", "another")
+    monkeypatch.setattr(accuracy, "EPOCHS", 13)
     downstream_accuracies(*inputs[0][0], num_classes=2, classifiers=("cnn",), remembered=file)
     assert len(json.loads(file.read_text())) == len(inputs) + 1
 

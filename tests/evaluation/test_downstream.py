@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
+from sfumato.encoders.classifier import train_classifier
+from sfumato.evaluation import downstream
 from sfumato.evaluation.downstream import downstream_accuracy
 
 
@@ -67,3 +71,21 @@ def test_its_training_images_are_left_as_they_are():
     before = images.copy()
     downstream_accuracy(images, labels, images, labels, num_classes=2, steps=3)
     assert np.array_equal(images, before)
+
+
+def test_the_protocol_is_what_published_figures_were_made_with(monkeypatch):
+    given = {}
+
+    def noted(network, images, labels, **settings):
+        given.update(settings)
+        return network
+
+    monkeypatch.setattr(downstream, "train_classifier", noted)
+    downstream_accuracy(*bars(20, 1), *bars(20, 2), num_classes=2, seed=7, description="x")
+    assert given == {"steps": 800, "seed": 7, "label_smoothing": 0.05, "description": "x: training"}
+    defaults = inspect.signature(train_classifier).parameters
+    assert (defaults["batch"].default, defaults["lr"].default, defaults["largest_shift"].default) == (
+        128,
+        3e-3,
+        2,
+    )
