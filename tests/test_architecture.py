@@ -182,7 +182,7 @@ HEAVY = (
         "from sfumato.cli.main import main; main(['synthesise'])",
         *(
             f"from sfumato.cli.main import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass"
-            for verb in ("synthesize", "generate", "evaluate", "plan", "ledger", "checks")
+            for verb in ("synthesize", "generate", "evaluate", "select", "plan", "ledger", "checks")
         ),
     ],
 )

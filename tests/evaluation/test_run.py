@@ -305,10 +305,10 @@ def test_one_label_or_one_missing(sets):
 
 def test_other_labels_are_refused(sets):
     np.savez("odd.npz", images=draw(20, 2)[0], labels=np.repeat(["no", "never"], 20))
-    assert "the synthetic set has labels that --against lacks: never" in refused(
+    assert "the synthetic set has labels that the real images lack: never" in refused(
         sets, images="odd.npz", out="o"
     )
-    assert "--holdout has labels that --against lacks: never" in refused(sets, holdout="odd.npz")
+    assert "--holdout has labels that the real images lack: never" in refused(sets, holdout="odd.npz")
 
 
 def test_other_sizes_and_channels_are_brought_to_the_releases_and_said(sets):

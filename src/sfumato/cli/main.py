@@ -18,6 +18,7 @@ VERBS = {
     "synthesize": "make a differentially private image set from sensitive images",
     "generate": "make more images with a released model; costs no budget",
     "evaluate": "measure synthetic images against the real ones, for the owner's eyes",
+    "select": "let private images choose one of several releases; charged",
     "plan": "show what a privacy and a time budget buy; reads no private data",
     "ledger": "create, show, verify or close the privacy account of a set of images",
     "checks": "show versions and machine settings, and test the gradient engine here",
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SfumatoError as error:
         return _error(str(error), error.exit_status)
     except KeyboardInterrupt:
-        again = " Run the same command again to resume." if verb in ("synthesize", "evaluate") else ""
+        again = (
+            " Run the same command again to resume." if verb in ("synthesize", "evaluate", "select") else ""
+        )
         print(f"\nsfumato: interrupted.{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -73,8 +73,8 @@ def label_positions(names: Sequence[str], wanted: Sequence[str], option: str) ->
     unknown = [printable(name) for name in names if name not in index]
     if unknown:
         raise InputError(
-            f"{option} has labels that --against lacks: {', '.join(unknown[:10])}{', …' if unknown[10:] else ''} "
-            f"(it has {', '.join(printable(name) for name in wanted[:10])}{', …' if wanted[10:] else ''}); nothing "
+            f"{option} has labels that the real images lack: {', '.join(unknown[:10])}{', …' if unknown[10:] else ''} "
+            f"(they have {', '.join(printable(name) for name in wanted[:10])}{', …' if wanted[10:] else ''}); nothing "
             "was measured. Give sets with the same labels, or the real images without labels"
         )
     return np.array([index[name] for name in names], np.int64)
