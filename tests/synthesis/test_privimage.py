@@ -152,7 +152,9 @@ def test_private_evolution_releases_the_images_that_were_voted_for(made, tmp_pat
 
     # Again, from what is kept: the same images, nothing more is charged.
     head = ledger.head
-    assert np.array_equal(model(tmp_path, method="pe", preset=preset).fit(private, public).generate(4)[0], images)
+    assert np.array_equal(
+        model(tmp_path, method="pe", preset=preset).fit(private, public).generate(4)[0], images
+    )
     assert ledger.head == head
 
 
