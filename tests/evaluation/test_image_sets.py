@@ -61,7 +61,9 @@ def test_labels_follow_the_real_set_whatever_their_order(npz, opened):
 
 
 def test_labels_that_the_real_set_lacks_are_refused():
-    with pytest.raises(InputError, match=r"made has labels that the real images lack: fox \(they have cat, dog\)"):
+    with pytest.raises(
+        InputError, match=r"made has labels that the real images lack: fox \(they have cat, dog\)"
+    ):
         label_positions(["cat", "fox"], ["cat", "dog"], "made")
 
 

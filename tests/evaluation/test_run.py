@@ -474,3 +474,34 @@ def test_images_without_a_label_among_labelled_ones_are_left_out():
     np.testing.assert_array_equal(pixels, draw(20, 2)[0][np.arange(40) % 4 > 0])
     nothing = ImageSet("x", draw(20, 2)[0], np.full(40, -1), np.empty(40, "V16"), "0")
     assert run._labelled(nothing) is None
+
+
+@pytest.mark.parametrize("how", ["brighter", "link", "renamed", "no config"])
+def test_what_a_run_protects_is_found_under_disguises(sets, tmp_path, how):
+    """Almost the same pixels, a link to the release, a renamed release, a run without its configuration."""
+    run = sets.run
+    against, images = sets.private, run / "release"
+    if how == "brighter":
+        with np.load(sets.private) as of:
+            brighter = np.clip(of["images"].astype(int) + 2, 0, 255).astype(np.uint8)
+            against = str(tmp_path / "brighter.npz")
+            np.savez(against, images=brighter, labels=of["labels"])
+    elif how == "link":
+        images = tmp_path / "link"
+        images.symlink_to(run / "release")
+    elif how == "renamed":
+        images = (run / "release").rename(run / "release-v1")
+    else:
+        (run / "config.yaml").unlink()
+        (run / "internal").mkdir(exist_ok=True)
+    line = refused(sets, images=str(images), against=against, holdout=None, reference_is_public=True)
+    assert "protects" in line or "the same, or one holds the other" in line
+    assert not (images / "evaluation").exists()
+
+
+def test_a_page_for_everybody_shows_no_picture_of_the_reference(sets, tmp_path):
+    run = sets.run
+    result = evaluate(
+        options(sets, images=str(run), against=sets.public, holdout=None, reference_is_public=True)
+    )
+    assert all(len(real) == 0 and len(made) > 0 for _, made, real in result.gallery)

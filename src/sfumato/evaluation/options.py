@@ -148,11 +148,9 @@ def find_target(spec: str) -> Target:
         path = path.resolve()
     for release in (path / "release", path, path.parent):
         if _is_release(release) and (release != path.parent or path.name == "images"):
-            run = release.parent
+            run = release.resolve().parent  # whatever the release is called, and through links
             of_a_run = (run / "internal").is_dir() or (run / "config.yaml").is_file()
-            return Target(
-                str(release / "images"), release, run if of_a_run and release.name == "release" else None
-            )
+            return Target(str(release / "images"), release, run if of_a_run else None)
     if (path / "config.yaml").is_file() and (path / "internal").is_dir():
         raise InputError(
             f"{spec} is a run without a finished release; nothing was done. Run its `sfumato synthesize` command "

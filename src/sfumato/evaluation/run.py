@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from sfumato.data.duplicates import near_duplicates
 from sfumato.data.images import OwnerImages, OwnerOnly, PublicImages, same_content
 from sfumato.data.release import InternalWriter, refuse_private
 from sfumato.data.sources import default_holdout, open_source
@@ -35,7 +36,6 @@ from sfumato.evaluation.image_sets import (
     first_shape,
     image_set,
     in_words,
-    pixel_digests,
     same_images,
 )
 from sfumato.evaluation.options import EvaluateOptions
@@ -200,7 +200,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "software": {name: metadata.version(name) for name in ("sfumato", "torch", "numpy", "scikit-learn")},
     }
     gallery, fresh = (
-        _gallery(generated, real, names),
+        _gallery(generated, real, names, show_real=not public),
         remembered.computed > 0 or before != _read(place.accuracies),
     )
     if public:
@@ -335,7 +335,7 @@ def _about(images: ImageSet) -> dict[str, Any]:
     return {"description": images.description, "images": len(images), "labelled": labelled}
 
 
-def _gallery(generated: ImageSet, real: ImageSet, names: Sequence[str] | None) -> Gallery:
+def _gallery(generated: ImageSet, real: ImageSet, names: Sequence[str] | None, *, show_real: bool) -> Gallery:
     """Examples for each label, at random, of both sets; without labels one row of as many as fit."""
     rng = np.random.default_rng(0)
 
@@ -344,6 +344,10 @@ def _gallery(generated: ImageSet, real: ImageSet, names: Sequence[str] | None) -
         if label is not None and images.labels is not None:
             rows = np.flatnonzero(np.asarray(images.labels) == label)
         most = IMAGES_SHOWN if label is not None else 6 * IMAGES_SHOWN
+        if images is real and not show_real:
+            most = (
+                0  # a page that may be handed on shows no picture of a reference, whoever declared it public
+            )
         return images.images[np.sort(rng.permutation(rows)[:most])]
 
     if names is None or generated.labels is None or real.labels is None:
@@ -357,9 +361,9 @@ def _refuse_protected(
     run: Path | None, given: list[tuple[str, PublicImages, ImageSet]], shape: dict[str, Any]
 ) -> None:
     """Raise `InputError` when what was declared to be public is what the run protects, or a tenth of it is."""
-    config = None if run is None else run / "config.yaml"
-    if config is None or not config.is_file():
-        return
+    if run is None:
+        return  # a release that was handed on: nobody here knows what it protects
+    config = run / "config.yaml"
     try:
         options = yaml.safe_load(config.read_text(encoding="utf-8"))
         spec = str(options["private"])
@@ -379,11 +383,11 @@ def _refuse_protected(
             f"what was declared public ({' '.join(str(error).split())}); nothing was measured. Run the command where "
             "the run was made"
         ) from None
-    protected = pixel_digests(np.asarray(private.images), "checking the protected images")
     for option, opened, images in given:
         same_content(private, opened)
-        count = int(np.isin(images.digests, protected).sum())
-        said = f"{option}: {count:,} of its {len(images):,} images are among those that the run protects"
+        found = near_duplicates(private, opened).value
+        count = len(np.unique(found[found >= 0]))
+        said = f"{option}: {count:,} of its {len(images):,} images are among those that the run protects, or nearly"
         if count >= MOST_PROTECTED * len(images):
             raise InputError(
                 f"{said}, so it is not public; nothing was measured. Take them out, or leave --reference-is-public out"
