@@ -95,7 +95,6 @@ def main() -> None:
         for epsilon in (options.epsilons if method not in ("real", "public-only") else [0.0])
     ]
     if not options.table:
-        # public-only first: `pe` draws its candidates from that generator
         cells.sort(key=lambda each: (each[2], each[0] not in ("real", "public-only")))
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda each: in_own_process(options, *each), cells))
@@ -203,7 +202,7 @@ def released(options, method, epsilon, seed, folder, common):
     base = PARTS.get(method, method)
     work, kept = folder / "work", folder / "images.npz"
     if not kept.exists():
-        share_public_work(options, base, epsilon, seed, work)
+        share_public_work(options, method, epsilon, seed, work)
         model = privimage.PrivImage(
             budget=Budget(epsilon or 1.0, delta), method=base, preset=preset, seconds=seconds,
             num_images=preset.num_images, work_dir=work, seed=seed, speeds=speeds,

@@ -499,9 +499,18 @@ def test_what_a_run_protects_is_found_under_disguises(sets, tmp_path, how):
     assert not (images / "evaluation").exists()
 
 
+def test_repeated_copies_are_all_counted(sets, tmp_path):
+    with np.load(sets.private) as of:
+        many = str(tmp_path / "many.npz")
+        np.savez(many, **{name: np.concatenate([of[name]] * 12) for name in of.files})
+    line = refused(sets, against=many, holdout=None, reference_is_public=True)
+    assert "protects" in line and not (sets.run / "release" / "evaluation").exists()
+
+
 def test_a_page_for_everybody_shows_no_picture_of_the_reference(sets, tmp_path):
     run = sets.run
     result = evaluate(
         options(sets, images=str(run), against=sets.public, holdout=None, reference_is_public=True)
     )
     assert all(len(real) == 0 and len(made) > 0 for _, made, real in result.gallery)
+    assert all(set(of) == {"synthetic"} for of in result.points.values())

@@ -69,3 +69,19 @@ def test_an_answer_that_another_account_paid_for_is_refused(ledger, tmp_path):
     unpaid = swapped.reserve(other, "run", planned(), 1e-5)
     with pytest.raises(LedgerError, match="another reservation"):
         swapped.ask("votes", unpaid, lambda: pytest.fail("asked"))
+
+
+def test_files_belong_to_the_reservation_that_paid(ledger, tmp_path):
+    answers = Answers(tmp_path)
+    reservation = answers.reserve(ledger, "run", planned(), 1e-5)
+    answers.own(reservation, ("public",))
+    (tmp_path / "public").mkdir()
+    answers.own(reservation, ("public",))
+    (tmp_path / "run.json").unlink()
+    other = Answers(tmp_path)
+    unpaid = other.reserve(ledger, "run", planned(), 1e-5)
+    with pytest.raises(LedgerError, match="public was made under another reservation"):
+        other.own(unpaid, ("public",))
+    (tmp_path / "paid_by.json").unlink()
+    with pytest.raises(LedgerError, match="another reservation"):
+        other.own(unpaid, ("public",))

@@ -42,3 +42,9 @@ def test_a_delta_of_one_over_n_or_more_is_refused(units, factor):
 def test_the_default_is_never_refused(units):
     options(public_size=units).check()
     options(public_size=units, delta=default_delta(units)).check()
+
+
+@pytest.mark.parametrize("method", ["pe", "public-only"])
+def test_a_warm_up_needs_training_to_warm_up_for(method):
+    with pytest.raises(InputError, match="--warm-up starts DP-SGD"):
+        options(method=method, public="atlas", warm_up=1).check()

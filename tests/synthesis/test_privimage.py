@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sfumato.data.images import ProtectedImages, PublicImages
-from sfumato.errors import BudgetError, InputError
+from sfumato.errors import BudgetError, InputError, LedgerError
 from sfumato.machine import Defaults
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
@@ -156,6 +156,22 @@ def test_private_evolution_releases_the_images_that_were_voted_for(made, tmp_pat
         model(tmp_path, method="pe", preset=preset).fit(private, public).generate(4)[0], images
     )
     assert ledger.head == head
+
+
+def test_a_model_that_another_account_paid_for_is_not_gone_on_from(made, tmp_path):
+    """Answers and run.json deleted, another ledger put in place: the start model still rests on the first."""
+    private, public, _ = made
+    private.public_size = 300
+    preset = replace(TINY, means_per_label=1, means_steps=2)
+    model(tmp_path, preset=preset).fit(private, public)
+    work = tmp_path / "work"
+    for name in ("run.json", "mean_images.npy", "semantic_histogram.npy", "dp_sgd.safetensors"):
+        (work / name).unlink(missing_ok=True)
+    (work / "private").rename(tmp_path / "gone")
+    private.ledger = other = Ledger.open(tmp_path / "other.db", total=Budget(3.0, 1e-4))
+    with pytest.raises(LedgerError, match="another reservation"):
+        model(tmp_path, preset=preset).fit(private, public)
+    assert all(each.begun("dp_sgd") == 0 for each in other.reservations())
 
 
 def test_counted_work_does_not_hang_on_the_machine(made, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sfumato.data.images import OwnerImages, OwnerOnly, PublicImages
+from sfumato.data.images import OwnerOnly, PublicImages
 from sfumato.errors import InputError
 
 THUMBNAIL = 8  # pixels a side
@@ -16,7 +16,7 @@ SAME_THUMBNAIL, SAME_PIXELS = 4.0, 8.0  # root mean square differences, of 255: 
 _AT_ONCE = 4096
 
 
-def near_duplicates(own: OwnerImages, public: PublicImages) -> OwnerOnly[np.ndarray]:
+def near_duplicates(own: PublicImages, public: PublicImages) -> OwnerOnly[np.ndarray]:
     """The public image that each of the owner's images almost equals: int64 [N], -1 where there is none.
 
     Finds copies, re-encodings and small changes of brightness; not crops, turns or reflections. Both

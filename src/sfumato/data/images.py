@@ -51,8 +51,8 @@ class PublicImages:
 
 
 class OwnerArray(np.ndarray):
-    """An array of private pixels without a guarantee; what numpy computes from it stays one, and no release
-    accepts it. Reductions to one number lose the mark: wrap those in `OwnerOnly`."""
+    """An array of private pixels without a guarantee, which no release accepts. Slices, copies and arithmetic keep
+    the mark; numbers, `np.asarray`, `np.concatenate` and the like lose it: wrap what they give in `OwnerOnly`."""
 
 
 class OwnerImages(PublicImages):

@@ -36,6 +36,7 @@ from sfumato.evaluation.image_sets import (
     first_shape,
     image_set,
     in_words,
+    pixel_digests,
     same_images,
 )
 from sfumato.evaluation.options import EvaluateOptions
@@ -204,6 +205,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         remembered.computed > 0 or before != _read(place.accuracies),
     )
     if public:
+        points = {space: {"synthetic": of["synthetic"]} for space, of in points.items() if "synthetic" in of}
         place.json("summary.json", summary)
         return Evaluation(summary, gallery, points, place, fresh)
     place.json("summary.json", OwnerOnly(summary))
@@ -217,8 +219,8 @@ def _read(path: Path) -> bytes:
 def _statement(public: bool) -> str:
     if public:
         return (
-            "The release was compared with images that its owner declared to be public; nothing here was computed "
-            "from the protected images, so the guarantee of the release stands as it is."
+            "The release was compared with images that its owner declared to be public. If they are, the guarantee of "
+            "the release stands as it is."
         )
     return (
         "These figures were computed from real images without any guarantee. They are NOT differentially private: "
@@ -363,10 +365,12 @@ def _refuse_protected(
     """Raise `InputError` when what was declared to be public is what the run protects, or a tenth of it is."""
     if run is None:
         return  # a release that was handed on: nobody here knows what it protects
-    config = run / "config.yaml"
+    config, seen = run / "config.yaml", run / "internal" / "protected.json"
     try:
         options = yaml.safe_load(config.read_text(encoding="utf-8"))
         spec = str(options["private"])
+        if seen.is_file():  # where they were, whatever folder this command is run in
+            spec = str(json.loads(seen.read_text(encoding="utf-8"))["private"])
         skip = bool(options.get("skip_unreadable", False))
         private = OwnerImages(spec, skip_unreadable=skip, **shape)
     except (
@@ -383,10 +387,11 @@ def _refuse_protected(
             f"what was declared public ({' '.join(str(error).split())}); nothing was measured. Run the command where "
             "the run was made"
         ) from None
+    protected = pixel_digests(np.asarray(private.images), "checking the protected images")
     for option, opened, images in given:
         same_content(private, opened)
-        found = near_duplicates(private, opened).value
-        count = len(np.unique(found[found >= 0]))
+        alike = near_duplicates(opened, private).value >= 0
+        count = int((alike | np.isin(images.digests, protected)).sum())
         said = f"{option}: {count:,} of its {len(images):,} images are among those that the run protects, or nearly"
         if count >= MOST_PROTECTED * len(images):
             raise InputError(

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,31 @@ class Answers:
         write(path, content.getvalue())
         return value
 
+    def own(self, reservation: Any, names: Sequence[str]) -> None:
+        """Claim these files of the run for a reservation, before any of them is made from what it paid for.
+
+        Raises:
+            LedgerError: one is there already and another reservation, or nobody known, paid for it.
+        """
+        path = self.folder / "paid_by.json"
+        payer = json.loads(path.read_text(encoding="utf-8"))["reservation"] if path.exists() else None
+        found = [self.folder / name for name in names if (self.folder / name).exists()]
+        if found and payer != reservation.id:
+            raise self._not_paid(found[0])
+        if payer != reservation.id:
+            write(path, json.dumps({"reservation": reservation.id}).encode())
+
     def paid_here(self, path: Path, mechanism: str, reservation: Any, units: int) -> None:
         """Refuse to go on from what this reservation did not pay for: it would be left out of the certificate."""
         if reservation.begun(mechanism) < units:
-            raise LedgerError(
-                f"{path} was made under another reservation than the ledger has for this run: another ledger, or an "
-                "older copy of it, or run.json is gone. Put back the ledger that the run was started with, or start "
-                "again with another --out; no budget was spent"
-            )
+            raise self._not_paid(path)
+
+    def _not_paid(self, path: Path) -> LedgerError:
+        return LedgerError(
+            f"{path} was made under another reservation than the ledger has for this run: another ledger, or an "
+            "older copy of it, or files of the run are gone. Put back what the run was started with, or start again "
+            "with another --out; no budget was spent"
+        )
 
 
 def write(path: Path, content: bytes) -> None:

@@ -149,6 +149,10 @@ class SynthesizeOptions:
                 "release could publish one of them outright; no budget was spent. Choose it below "
                 f"{default_delta(self.units):.1g}, or leave it out."
             )
+        if self.warm_up and self.method in ("pe", "public-only"):
+            raise InputError(
+                f"--warm-up starts DP-SGD, and --method {self.method} has none; no budget was spent. Leave one out."
+            )
         if self.method not in WITHOUT_PUBLIC and self.public is None:
             raise InputError(
                 f"--method {self.method} needs --public; no budget was spent. Give public images "

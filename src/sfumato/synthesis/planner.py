@@ -203,7 +203,7 @@ def make_plan(
     if kind.means and preset.means_per_label == 0:
         preset = replace(preset, means_per_label=1)
     query, private, votes = kind.public == "queried", kind.private != "none", kind.private == "votes"
-    means = private and preset.means_per_label > 0
+    means = kind.private == "dp-sgd" and preset.means_per_label > 0
     if kind.public in ("queried", "random") and public_classes is not None:
         per_label = min(preset.classes_per_label, public_classes // num_labels)
         if per_label < 1:

@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import os
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -369,7 +370,7 @@ def _load(path: Path, about: dict[str, Any], reservation: Any) -> _State | None:
             turn, applied = words.pop("turn"), words.pop("applied")
             votes = saved["votes"] if "votes" in saved.files else None
             state = _State(turn, applied, saved["images"], saved["labels"], votes)
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise InputError(
             f"{path} cannot be read ({error}); no budget was spent now. Use another --out"
         ) from error

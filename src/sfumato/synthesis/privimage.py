@@ -48,6 +48,9 @@ MODEL_OF_PE = (
     "The model in this release is the public generator and has learnt nothing from the sensitive images: they voted "
     "for the released images alone."
 )
+# Files of a run that rest on what its reservation paid for, where public training follows a query or mean images.
+FROM_ANSWERS = ("public", "public-training.safetensors", "warm-up.safetensors")
+IMAGES = "images.npz"  # the release's, drawn once
 SHARE_OF_COUNT = 0.02  # of epsilon, for a noisy count of the units when their number is not declared
 
 
@@ -176,6 +179,8 @@ class PrivImage:
         reservation = None
         if plan.events():
             reservation = self._answers.reserve(private.ledger, "synthesize", plan.events(), plan.delta)
+            rests = FROM_ANSWERS if plan.query or plan.means else ()
+            self._answers.own(reservation, (*rests, "private", IMAGES))
         self.selected = self._choose(private, public, reservation)
         if plan.means:
             assert reservation is not None

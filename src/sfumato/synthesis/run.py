@@ -36,7 +36,7 @@ from sfumato.synthesis.options import seconds as in_seconds
 from sfumato.synthesis.owner_figures import check_holdout, classifiers, figures
 from sfumato.synthesis.planner import Plan, make_plan, measure_speeds
 from sfumato.synthesis.presets import Preset, preset_for
-from sfumato.synthesis.privimage import PrivImage
+from sfumato.synthesis.privimage import IMAGES, PrivImage
 from sfumato.synthesis.public_images import as_bytes
 from sfumato.synthesis.run_folder import RunFolder
 
@@ -159,6 +159,10 @@ def _run(
         private = ProtectedImages(
             options.private, ledger=ledger, unit=options.unit, public_size=options.public_size, **private_images
         )  # fmt: skip
+        where = Path(options.private).expanduser()
+        internal.json(
+            "protected.json", {"private": str(where.resolve() if where.exists() else options.private)}
+        )
         if private.skipped.value:
             internal.json("skipped.json", private.skipped)
             _say(
@@ -242,7 +246,7 @@ def _generated(
     folder: RunFolder, options: SynthesizeOptions, model: PrivImage
 ) -> tuple[np.ndarray, np.ndarray]:
     """The release's images (uint8 [N, H, W, C]) and labels: drawn once, then kept."""
-    path = folder.checkpoints / "images.npz"
+    path = folder.checkpoints / IMAGES
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
             pictures, labels, seconds = kept["images"], kept["labels"], float(kept["seconds"])
