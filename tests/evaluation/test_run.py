@@ -420,7 +420,7 @@ def test_a_full_disk_leaves_the_release_as_it_was(sets, monkeypatch):
 
     place = Place(sets.run, sets.run / "release")
     place.json("summary.json", {"a": 1})
-    monkeypatch.setattr(run.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(InputError, match="the disk is full"):
         place.json("summary.json", {"a": 2})
     folder = sets.run / "release" / "evaluation"

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data.cache import sync_directory
+from sfumato.data.files import write_whole
 from sfumato.data.images import OwnerArray, OwnerOnly, ProtectedImages
 from sfumato.errors import InputError
 from sfumato.progress import Progress
@@ -72,7 +73,7 @@ class ReleaseWriter:
             raise ValueError(f"images must be uint8 [N, H, W, 1 or 3], not {images.dtype} {images.shape}")
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"{len(labels)} labels for {len(images)} images")
-        folders = _folder_names(label_names) if labels is not None else [""]
+        folders = folder_names(label_names) if labels is not None else [""]
         digits = max(6, len(str(len(images))))
         with self._writing(), Progress("writing images", total=len(images), unit="images") as progress:
             for folder in folders:
@@ -208,16 +209,10 @@ class InternalWriter:
 
     def _write(self, name: str, text: str) -> Path:
         place = self._place(name)
-        partial = place.with_name(place.name + ".partial")
         try:
             place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(partial, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, place)
+            write_whole(place, text.encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise _cannot_write(self.path, "internal results", error) from None
         return place
 
@@ -249,7 +244,7 @@ def refuse_private(value: Any, name: str) -> None:
             waiting += vars(item).values()
 
 
-def _folder_names(label_names: Sequence[str]) -> list[str]:
+def folder_names(label_names: Sequence[str]) -> list[str]:
     """A folder for each label: its own name where every system and `datasets` allow it, else a number."""
     plain = [re.sub(r"[^\w .+-]", "_", str(name), flags=re.ASCII).strip(" .")[:80] for name in label_names]
     lowered = [name.lower() for name in plain]

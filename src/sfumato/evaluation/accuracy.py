@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sfumato.data.files import write_whole
 from sfumato.errors import InputError
 from sfumato.progress import Progress
 
@@ -266,6 +266,4 @@ def _read(remembered: Path | None) -> dict[str, float]:
 def _write(remembered: Path | None, known: dict[str, float]) -> None:
     if remembered is not None:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        partial = remembered.with_name(remembered.name + ".partial")
-        partial.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(partial, remembered)
+        write_whole(remembered, json.dumps(known, indent=1, sort_keys=True).encode())

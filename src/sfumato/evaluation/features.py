@@ -14,6 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sfumato.data.cache import sync_directory
+from sfumato.data.files import write_whole
 from sfumato.encoders.encoder import Encoder, NotFinite, marked_like
 from sfumato.errors import InputError
 from sfumato.progress import Progress
@@ -148,12 +149,7 @@ def _found(place: Path, about: dict[str, Any]) -> tuple[int, int]:
 
 def _record(place: Path, about: dict[str, Any]) -> None:
     """Replace about.json in one step, after the rows it counts are on disk."""
-    partial = place / (ABOUT_FILE + ".partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        json.dump(about, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, place / ABOUT_FILE)
+    write_whole(place / ABOUT_FILE, json.dumps(about, indent=2).encode())
     sync_directory(place)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sfumato.data.decoding import FORMATS
 from sfumato.data.images import OwnerArray, PublicImages
 from sfumato.data.records import Record, Source, printable
-from sfumato.data.release import _folder_names
+from sfumato.data.release import folder_names
 from sfumato.errors import InputError
 from sfumato.progress import Progress
 
@@ -67,7 +67,7 @@ def label_positions(names: Sequence[str], wanted: Sequence[str], option: str) ->
     """
     index = {name: number for number, name in enumerate(wanted)}
     if not set(names) <= set(wanted):
-        as_folders = {folder: number for number, folder in enumerate(_folder_names(list(wanted)))}
+        as_folders = {folder: number for number, folder in enumerate(folder_names(list(wanted)))}
         if set(names) <= set(as_folders):
             index = as_folders
     unknown = [printable(name) for name in names if name not in index]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import yaml
 
 from sfumato.data.duplicates import near_duplicates
+from sfumato.data.files import write_whole
 from sfumato.data.images import OwnerImages, OwnerOnly, PublicImages, same_content
 from sfumato.data.release import InternalWriter, refuse_private
 from sfumato.data.sources import default_holdout, open_source
@@ -110,16 +110,11 @@ class Place:
         return self.working / ("accuracies.json" if self._release is None else "accuracies-public.json")
 
     def _public(self, name: str, text: str) -> Path:
-        place, partial = self.path / name, self.path / f"{name}.partial"
+        place = self.path / name
         try:
             self.path.mkdir(exist_ok=True)
-            with open(partial, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, place)
+            write_whole(place, text.encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise InputError(
                 f"'{place}' cannot be written ({'the disk is full' if full else error.strerror or error}); the "

@@ -120,10 +120,7 @@ def semantic_histogram(
         raise InputError(f"the batch size must be at least 1, not {batch_size}; no budget was spent")
     rows = _one_row_per_unit(private, SecureStream())
     exact = np.zeros((len(private.label_names), num_classes), dtype=np.int64)
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        images = np.zeros((batch_size, *private._images.shape[1:]), dtype=np.uint8)
-        images[: len(batch)] = private._images[batch]
+    for batch, images in _padded_batches(private, rows, batch_size):
         scores = np.asarray(classify(images))
         if scores.shape != (batch_size, num_classes) or np.isnan(scores).any():
             raise InputError(
@@ -238,6 +235,18 @@ def _in_parts(units: object) -> Iterator[list[np.ndarray]]:
             part, rows = [], 0
     if part:
         yield part
+
+
+def _padded_batches(
+    private: ProtectedImages, rows: np.ndarray, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of each batch and their images, uint8 [batch_size, H, W, C], padded with zeros: a public network
+    never meets a batch of another shape, whatever the number of images."""
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        images = np.zeros((batch_size, *private._images.shape[1:]), dtype=np.uint8)
+        images[: len(batch)] = private._images[batch]
+        yield batch, images
 
 
 def _one_row_per_unit(private: ProtectedImages, stream: SecureStream) -> np.ndarray:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.privacy.mechanisms import _at_least, _one_row_per_unit, _positive
+from sfumato.privacy.mechanisms import _at_least, _one_row_per_unit, _padded_batches, _positive
 from sfumato.privacy.randomness import SecureStream
 
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ def best_candidate(
         _check_by_itself(candidate, position, private._images.shape[1:], batch_size)
     rows = _one_row_per_unit(private, SecureStream())
     exact = np.zeros(len(candidates), dtype=np.int64)
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        images = np.zeros((batch_size, *private._images.shape[1:]), dtype=np.uint8)
-        images[: len(batch)] = private._images[batch]
+    for batch, images in _padded_batches(private, rows, batch_size):
         for position, candidate in enumerate(candidates):
             answers = _answers(candidate, position, images)[: len(batch)]
             exact[position] += np.count_nonzero(answers == private._labels[batch])

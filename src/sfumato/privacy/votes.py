@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from sfumato.errors import InputError
-from sfumato.privacy.mechanisms import _gaussian, _one_row_per_unit
+from sfumato.privacy.mechanisms import _gaussian, _one_row_per_unit, _padded_batches
 from sfumato.privacy.randomness import SecureStream, discrete_gaussian
 from sfumato.progress import Progress
 
@@ -187,12 +187,11 @@ def _embedded(private: ProtectedImages, rows: np.ndarray, embed: Embed, batch_si
     batch_size, dimension = _checked(embed, shape, batch_size)
     out = np.empty((len(rows), dimension), dtype=np.float32)
     with Progress("embed private images", 100, "%") as progress:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            images = np.zeros((batch_size, *shape), dtype=np.uint8)
-            images[: len(batch)] = private._images[batch]
-            out[start : start + len(batch)] = _features(embed, images, dimension)[: len(batch)]
-            progress.advance(100 * (start + len(batch)) // len(rows) - progress.done)
+        done = 0
+        for batch, images in _padded_batches(private, rows, batch_size):
+            out[done : done + len(batch)] = _features(embed, images, dimension)[: len(batch)]
+            done += len(batch)
+            progress.advance(100 * done // len(rows) - progress.done)
     return out
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.data.files import write_whole
 from sfumato.errors import BudgetError, LedgerError
 from sfumato.privacy.events import PlannedEvent
 
@@ -27,7 +27,7 @@ class Answers:
         """This run's reservation of that name: granted by the ledger the first time, found again afterwards."""
         path = self.folder / "run.json"
         if not path.exists():
-            write(path, json.dumps({"run": uuid.uuid4().hex}).encode())
+            write_whole(path, json.dumps({"run": uuid.uuid4().hex}).encode())
         run = json.loads(path.read_text(encoding="utf-8"))["run"]
         reservation = ledger.reserve(label, events, delta=delta, key=f"{run}:{label}")
         self.reservations.append(reservation)
@@ -57,7 +57,7 @@ class Answers:
             )
         value, content = ask(), io.BytesIO()
         np.save(content, value, allow_pickle=False)
-        write(path, content.getvalue())
+        write_whole(path, content.getvalue())
         return value
 
     def own(self, reservation: Any, names: Sequence[str]) -> None:
@@ -72,7 +72,7 @@ class Answers:
         if found and payer != reservation.id:
             raise self._not_paid(found[0])
         if payer != reservation.id:
-            write(path, json.dumps({"reservation": reservation.id}).encode())
+            write_whole(path, json.dumps({"reservation": reservation.id}).encode())
 
     def paid_here(self, path: Path, mechanism: str, reservation: Any, units: int) -> None:
         """Refuse to go on from what this reservation did not pay for: it would be left out of the certificate."""
@@ -85,13 +85,3 @@ class Answers:
             "older copy of it, or files of the run are gone. Put back what the run was started with, or start again "
             "with another --out; no budget was spent"
         )
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and durably."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

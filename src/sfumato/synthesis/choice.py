@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sfumato.data.files import write_whole
 from sfumato.data.images import ProtectedImages, PublicImages
 from sfumato.data.sources import open_source
 from sfumato.encoders.classifier import predict, small_cnn, train_classifier
@@ -25,7 +26,7 @@ from sfumato.privacy import selection
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.ledger import Ledger
 from sfumato.report.certificate import certificate, statement
-from sfumato.synthesis.answers import Answers, write
+from sfumato.synthesis.answers import Answers
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def select(
     reservation = answers.reserve(
         account, "select", [PlannedEvent(selection.MODEL_SELECTION, says, event)], 0.0
     )
-    write(asked_before, json.dumps(asked, indent=1).encode())
+    write_whole(asked_before, json.dumps(asked, indent=1).encode())
     position = int(
         answers.ask(
             selection.MODEL_SELECTION, reservation,
@@ -120,7 +121,7 @@ def select(
         ("selection.json", {"chosen": chosen, "among": list(releases)}),
         ("privacy.json", claim),
     ):
-        write(folder / file, (json.dumps(content, indent=1) + "\n").encode())
+        write_whole(folder / file, (json.dumps(content, indent=1) + "\n").encode())
     return Choice(chosen, position, statement(claim))
 
 

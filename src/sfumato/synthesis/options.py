@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args
 from tyro.conf import Positional
 
 from sfumato.errors import InputError
+from sfumato.synthesis.methods import METHODS
 
 Method = Literal[
     "privimage", "privimage+feta", "dpdm", "feta", "pdp", "random-selection", "pe", "public-only"
 ]
-WITHOUT_PUBLIC = ("dpdm", "feta")
 Preset = Literal["demo", "fashion-mnist", "cifar10", "paper-fashion-mnist", "paper-cifar10"]
 Unit = Literal["image", "group"]
 
@@ -149,11 +149,11 @@ class SynthesizeOptions:
                 "release could publish one of them outright; no budget was spent. Choose it below "
                 f"{default_delta(self.units):.1g}, or leave it out."
             )
-        if self.warm_up and self.method in ("pe", "public-only"):
+        if self.warm_up and METHODS[self.method].private != "dp-sgd":
             raise InputError(
                 f"--warm-up starts DP-SGD, and --method {self.method} has none; no budget was spent. Leave one out."
             )
-        if self.method not in WITHOUT_PUBLIC and self.public is None:
+        if METHODS[self.method].public != "none" and self.public is None:
             raise InputError(
                 f"--method {self.method} needs --public; no budget was spent. Give public images "
                 "(--public demo:glyphs works everywhere), or choose --method dpdm."

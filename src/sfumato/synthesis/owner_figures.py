@@ -6,12 +6,12 @@ Nothing here is differentially private; it is written under `internal/` only.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from sfumato.data.files import write_whole
 from sfumato.data.images import OwnerImages, ProtectedImages
 from sfumato.errors import InputError
 from sfumato.evaluation.downstream import downstream_accuracy
@@ -74,9 +74,7 @@ def figures(
             known[name] = downstream_accuracy(
                 images, targets, real, real_labels, num_classes=len(private.label_names), seed=seed, description=name
             )  # fmt: skip
-            partial = remembered.with_name(remembered.name + ".partial")
-            partial.write_text(json.dumps(known), encoding="utf-8")
-            os.replace(partial, remembered)
+            write_whole(remembered, json.dumps(known).encode())
         return AccuracyRow(name, known[name], note)
 
     rows = [measure("this release", f"{len(pictures)} synthetic images", lambda: (pictures, labels))]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from sfumato.data.files import write_whole
 from sfumato.data.images import ProtectedImages
 from sfumato.diffusion.generator import BATCH, Generator, to_float, to_uint8
 from sfumato.diffusion.sampling import Sampler, guided, noise_levels, sample
@@ -347,18 +347,12 @@ def _check(
 
 
 def _save(path: Path, state: _State, about: dict[str, Any]) -> None:
-    """Temporary file, fsync, rename."""
     words = json.dumps({**about, "turn": state.turn, "applied": state.applied})
     votes: dict[str, Any] = {} if state.votes is None else {"votes": state.votes}
     content = io.BytesIO()
     np.savez(content, about=np.array(words), images=state.images, labels=state.labels, **votes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, content.getvalue())
 
 
 def _load(path: Path, about: dict[str, Any], reservation: Any) -> _State | None:

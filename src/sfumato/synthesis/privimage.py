@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sfumato.checkpoint import WeightAverage
+from sfumato.data.files import write_whole
 from sfumato.data.images import ProtectedImages, PublicImages, same_content
 from sfumato.diffusion import networks
 from sfumato.diffusion.edm import EDM
@@ -35,7 +36,7 @@ from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.per_unit import Engine
 from sfumato.report.facts import Stage
 from sfumato.synthesis import public_images
-from sfumato.synthesis.answers import Answers, write
+from sfumato.synthesis.answers import Answers
 from sfumato.synthesis.classifier import scores, train_query
 from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.planner import Plan, Speeds, make_plan, measure_speeds
@@ -155,7 +156,7 @@ class PrivImage:
                 public_classes=None if public is None else len(public.label_names or ()),
                 classifiers=self.classifiers,
             )
-            write(path, json.dumps(self.plan.to_json(), indent=1).encode())
+            write_whole(path, json.dumps(self.plan.to_json(), indent=1).encode())
         if units is not None and (warning := delta_warning(self.budget.delta, units)):
             self.warnings.append(warning)
         return self.plan
@@ -385,6 +386,6 @@ class PrivImage:
         before = stages[name].seconds if name in stages else 0.0
         stages[name] = Stage(name, before + time.monotonic() - started, detail)
         self.stages = list(stages.values())
-        write(
+        write_whole(
             self.work_dir / "stages.json", json.dumps([dataclasses.asdict(s) for s in self.stages]).encode()
         )

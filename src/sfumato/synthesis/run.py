@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from sfumato.data.duplicates import near_duplicates
+from sfumato.data.files import write_whole
 from sfumato.data.images import OwnerImages, ProtectedImages, PublicImages
 from sfumato.data.release import InternalWriter, ReleaseWriter
 from sfumato.data.sources import default_holdout, open_source
@@ -255,12 +257,9 @@ def _generated(
         number = options.num_images or model.plan.preset.num_images or model.plan.units
         pictures, labels = model.generate(number, seed=options.seed)
         seconds = time.monotonic() - started
-        partial = path.with_name("images.partial.npz")
-        with open(partial, "wb") as file:
-            np.savez(file, images=pictures, labels=labels, seconds=seconds)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        content = io.BytesIO()
+        np.savez(content, images=pictures, labels=labels, seconds=seconds)
+        write_whole(path, content.getvalue())
     model.stages.append(Stage("generation", seconds, f"{len(pictures)} images"))
     return pictures, labels
 

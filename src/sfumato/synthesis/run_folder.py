@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sfumato.data.files import write_whole
 from sfumato.errors import InputError
 from sfumato.privacy.ledger import Ledger
 from sfumato.synthesis.options import SynthesizeOptions
@@ -90,12 +90,7 @@ class RunFolder:
         return self.out / "release" / "privacy.json"
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.out / f"{name}.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.out / name)
+        write_whole(self.out / name, text.encode())
 
     def _drop_unused_ledger(self) -> None:
         """Remove the run's own ledger if nothing was ever granted in it: its total is that of other options."""
