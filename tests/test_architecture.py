@@ -23,9 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "encoders": {"data"},
     "evaluation": {"data", "diffusion", "encoders"},
     "report": {"data", "privacy"},
-    "synthesis": {"data", "diffusion", "encoders", "evaluation", "machine", "privacy", "report"},
+    "audit": {"data", "diffusion", "encoders", "evaluation", "privacy"},
+    "synthesis": {"audit", "data", "diffusion", "encoders", "evaluation", "machine", "privacy", "report"},
     "machine": {"privacy", "data"},
-    "cli": {"data", "diffusion", "evaluation", "machine", "privacy", "report", "synthesis"},
+    "cli": {"audit", "data", "diffusion", "evaluation", "machine", "privacy", "report", "synthesis"},
 }
 EVERYBODY = {"checkpoint", "errors", "progress"}
 FOREIGN = {"torchvision", "accelerate", "lightning", "pytorch_lightning", "hydra", "opacus", "torch_fidelity"}
