@@ -3,9 +3,11 @@
     python benchmarks/data/fetch.py public-fashion          # digits, glyphs and grey icons, 28 pixels
     python benchmarks/data/fetch.py mnist                   # 10,000 digits
     python benchmarks/data/fetch.py icons:noto --size 32    # one icon set in colour, by category
+    python benchmarks/data/fetch.py faces:lorelei           # 6,000 drawn faces, 32 pixels, by hair
 
 Writes NAME.npz (`images` uint8, `labels` text) and NAME.json (packages, versions, licences, images per class) into
---out, for `PublicImages(path, ...)` or `--public PATH`. Needs npm, and `pip install resvg-py` for icons. Packages have
+--out, for `PublicImages(path, ...)` or `--public PATH`. Needs npm, and `pip install resvg-py` for icons and faces (and
+node for faces, which are drawn by the packages' own code). Packages have
 fixed versions and stay in --out/packages; what is there already is not fetched or drawn again, so the same command
 goes on where an interrupted one stopped.
 """
@@ -34,6 +36,8 @@ RECIPE = 1  # raise it when the same packages would give other images
 PER_CLASS = 240
 ICON_PIXELS = 96  # icons are rendered at this many pixels, then moved and shrunk
 MNIST = "1.1.0"
+DICEBEAR = "9.4.3"
+FACES = 6000  # drawn; of two that look the same one is kept
 ICON_SETS = {
     "noto": "1.2.9", "noto-v1": "1.2.5", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6", "emojione": "1.2.3",
     "fxemoji": "1.2.2", "mdi": "1.2.3", "game-icons": "1.2.4", "ph": "1.2.2", "tabler": "1.2.41",
@@ -94,11 +98,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("collection", help="public-fashion, mnist, or icons:SET")
+    parser.add_argument("collection", help="public-fashion, mnist, icons:SET or faces:STYLE")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
     parser.add_argument("--out", type=Path, default=cache, help=f"folder to write to (default {cache})")
-    parser.add_argument("--size", type=int, help="pixels of a side: 28, and 32 for icons:SET")
-    parser.add_argument("--seed", type=int, default=0, help="of the random changes to icons and glyphs")
+    parser.add_argument("--size", type=int, help="pixels of a side: 28; 32 for icons and faces")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the changes to icons and glyphs, and of faces"
+    )
     options = parser.parse_args()
     out = options.out.expanduser().resolve()
     repository = Path(__file__).resolve().parents[2]
@@ -120,11 +126,13 @@ def fetch(collection: str, out: Path, *, size: int | None = None, seed: int = 0)
 
     Raises FetchError when a package or a tool is missing, OSError when `out` cannot be written.
     """
-    name, _, icon_set = collection.partition(":")
-    makers = {"public-fashion": _public_fashion, "mnist": _mnist, "icons": _icons}
-    if name not in makers or (name == "icons") != bool(icon_set):
-        raise FetchError(f"unknown collection {collection!r}: choose public-fashion, mnist or icons:SET")
-    size = size or (32 if icon_set else 28)
+    name, _, part = collection.partition(":")
+    makers = {"public-fashion": _public_fashion, "mnist": _mnist, "icons": _icons, "faces": _faces}
+    if name not in makers or (name in ("icons", "faces")) != bool(part):
+        raise FetchError(
+            f"unknown collection {collection!r}: choose public-fashion, mnist, icons:SET or faces:STYLE"
+        )
+    size = size or (32 if part else 28)
     if not 8 <= size <= 512:
         raise FetchError(f"size {size} is not from 8 to 512 pixels: give --size 28")
     out.mkdir(parents=True, exist_ok=True)
@@ -136,8 +144,8 @@ def fetch(collection: str, out: Path, *, size: int | None = None, seed: int = 0)
         if all(found.get(key) == value for key, value in wanted.items()):
             return path
     packages: dict[str, Any] = {}
-    read = functools.partial(_package, out / "packages", packages)
-    images, labels = makers[name](read, size, seed, icon_set)
+    reader = _dicebear if name == "faces" else _package
+    images, labels = makers[name](functools.partial(reader, out / "packages", packages), size, seed, part)
     arrays: dict[str, Any] = {"images": images} if labels is None else {"images": images, "labels": labels}
     half = path.with_name(path.name + ".part")
     with open(half, "wb") as stream:
@@ -243,6 +251,73 @@ def _icons(read: Any, size: int, seed: int, name: str) -> tuple[np.ndarray, np.n
     return images, np.array([category[icon] for icon in kept]) if category else None
 
 
+DRAW_FACES = """
+import { createAvatar } from '@dicebear/core';
+import * as styles from '@dicebear/collection';
+const [style, count, seed, size] = process.argv.slice(1);
+const name = style.replace(/-./g, (each) => each[1].toUpperCase());
+if (!styles[name]) throw new Error('no such style');
+console.log(JSON.stringify(styles[name].meta));
+for (let i = 0; i < +count; i++) {
+  const face = createAvatar(styles[name], { seed: `${seed}-${i}`, size: +size });
+  console.log(JSON.stringify({ svg: face.toString(), has: face.toJson().extra }));
+}
+"""
+
+
+def _dicebear(folder: Path, seen: dict[str, Any], style: str, seed: int, pixels: int) -> Iterator[Any]:
+    """FACES portraits as {"svg": text, "has": attributes}, drawn by DiceBear's code, which node runs here."""
+    home = folder / f"dicebear-{DICEBEAR}"
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        raise FetchError("faces are drawn by a package of npm's registry: install Node.js with npm")
+    if not (home / "node_modules" / "@dicebear" / "collection" / "package.json").is_file():
+        print(f"fetching @dicebear/core and @dicebear/collection {DICEBEAR}", file=sys.stderr)
+        home.mkdir(parents=True, exist_ok=True)
+        wanted = [f"@dicebear/{part}@{DICEBEAR}" for part in ("core", "collection")]
+        flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", str(home)]
+        done = subprocess.run([npm, "install", *flags, *wanted], capture_output=True, text=True)
+        if done.returncode:
+            said = next(
+                (line for line in done.stderr.splitlines() if line.startswith("npm error")), "no reason"
+            )
+            raise FetchError(f"npm could not fetch {' and '.join(wanted)} ({said}): check the connection")
+    draw = [node, "--input-type=module", "-e", DRAW_FACES, "--", style, str(FACES), str(seed), str(pixels)]
+    with subprocess.Popen(draw, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        if not first:
+            raise FetchError(f"@dicebear/collection has no style {style!r}: try faces:lorelei")
+        about = json.loads(first)
+        licence = {"license": about["license"]["name"], "style": style, "by": about["creator"]}
+        seen["@dicebear/collection"] = {"version": DICEBEAR, **licence}
+        yield from map(json.loads, process.stdout)
+    if process.returncode:
+        raise FetchError(f"node could not draw {style} faces (exit status {process.returncode})")
+
+
+def _faces(read: Any, size: int, seed: int, style: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Portraits on white, [N, size, size, 3] ([N, size, size] where the style knows no colour), by hair.
+
+    No two are the same to the pixel. A style without hair gives no labels.
+    """
+    images, labels, known = [], [], set()
+    for number, face in enumerate(read(style, seed, 4 * size)):
+        if number % 1000 == 0:
+            print(f"drawing {style} faces: {number} of {FACES}", file=sys.stderr)
+        drawn = Image.fromarray(_rendered(face["svg"]))
+        white = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+        image = np.asarray(white.resize((size, size), Image.Resampling.BOX))
+        if image.tobytes() not in known:
+            known.add(image.tobytes())
+            images.append(image)
+            labels.append(face["has"].get("hair") or "")
+    stacked = np.stack(images)
+    if (stacked == stacked[..., :1]).all():
+        stacked = stacked[..., 0]
+    return stacked, np.array(labels) if all(labels) else None
+
+
 def _public_fashion(read: Any, size: int, seed: int, _: str) -> tuple[np.ndarray, np.ndarray]:
     """Digits, glyphs, clothes, shoes and bags by name, other grey icons by category; bright on black."""
     from sfumato.data.glyphs import render_glyphs
@@ -293,10 +368,6 @@ def _categories(files: Files) -> dict[str, str]:
 
 def _render(icons: dict[str, Any], name: str, pixels: int) -> np.ndarray:
     """One icon, uint8 [pixels, pixels, 4]."""
-    try:
-        import resvg_py
-    except ImportError:
-        raise FetchError("icons are drawn with resvg: type: pip install resvg-py") from None
     icon = icons["icons"][name]
     left, top, width, height = (
         icon.get(key, icons.get(key, usual)) for key, usual in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
@@ -306,6 +377,15 @@ def _render(icons: dict[str, Any], name: str, pixels: int) -> np.ndarray:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left} {top} {width} {height}" width="{pixels}" height="{pixels}">{body}</svg>'
     )
+    return _rendered(svg)
+
+
+def _rendered(svg: str) -> np.ndarray:
+    """An SVG at its own width and height, uint8 [height, width, 4]."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise FetchError("icons and faces are drawn with resvg: type: pip install resvg-py") from None
     png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(png))) as image:
         return np.asarray(image.convert("RGBA"))

