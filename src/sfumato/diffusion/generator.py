@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.edm import EDM
-from sfumato.diffusion.sampling import Sampler, guided, sample
+from sfumato.diffusion.sampling import Denoiser, Sampler, guided, sample
 from sfumato.errors import InputError
 from sfumato.progress import Progress
 
 SETTINGS_FILE = "sfumato.json"
 FORMAT = "sfumato-generator/1"
 BATCH = 250
+
+Guide = Callable[[Denoiser, np.ndarray], Denoiser]
+"""From the denoiser of some rows (int64 positions in the whole call) to the one that they are drawn with."""
 
 
 @dataclass
@@ -59,12 +62,19 @@ class Generator:
         )
 
     def generate(
-        self, num_images: int, *, labels: Sequence[int] | np.ndarray | None = None, seed: int = 0
+        self,
+        num_images: int,
+        *,
+        labels: Sequence[int] | np.ndarray | None = None,
+        seed: int = 0,
+        guide: Guide | None = None,
+        description: str = "generate",
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draw images (uint8 [num_images, H, W, C]) and return them with their labels (int64 [num_images]).
 
-        `labels`: the wanted class of each image; by default every label equally often, in order. The same
-        arguments give the same images on the same machine. Post-processing: free.
+        `labels`: the wanted class of each image; by default every label equally often, in order. `guide`:
+        changes the denoiser of each batch. The same arguments give the same images on the same machine.
+        Post-processing: free, as long as the guide is.
         """
         if num_images < 1:
             raise InputError(f"cannot generate {num_images} images: ask for at least one (--num-images)")
@@ -81,15 +91,23 @@ class Generator:
         generator = torch.Generator().manual_seed(seed)
         images = np.empty((num_images, *self.size, self.channels), np.uint8)
         self.network.eval()
-        with Progress("generate", num_images, "images") as progress:
+        with Progress(description, num_images, "images") as progress:
             for start in range(0, num_images, BATCH):
                 batch = torch.from_numpy(wanted[start : start + BATCH]).to(device)
-                drawn = self._draw(batch, generator, device)
+                rows = np.arange(start, start + len(batch))
+                drawn = self._draw(batch, generator, device, guide, rows)
                 images[start : start + len(batch)] = to_uint8(drawn)
                 progress.advance(len(batch))
         return images, wanted
 
-    def _draw(self, labels: Tensor, generator: torch.Generator, device: torch.device) -> Tensor:
+    def _draw(
+        self,
+        labels: Tensor,
+        generator: torch.Generator,
+        device: torch.device,
+        guide: Guide | None,
+        rows: np.ndarray,
+    ) -> Tensor:
         none = torch.full_like(labels, self.no_label)
         denoise = guided(
             lambda x, sigma: self.edm.denoise(self.network, x, sigma, labels),
@@ -97,6 +115,7 @@ class Generator:
             self.guidance,
         )
         shape = (len(labels), self.channels, *self.size)
+        denoise = denoise if guide is None else guide(denoise, rows)
         return sample(denoise, shape, self.sampler, generator, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
