@@ -33,8 +33,8 @@ _BLOCK = 1 << 20
 class Model(Protocol):
     """A generator that an attack may look into. size: (H, W). sigma_range: the noise levels it was trained on."""
 
-    network: Any
-
+    @property
+    def network(self) -> Any: ...
     @property
     def size(self) -> tuple[int, int]: ...
     @property
