@@ -21,7 +21,7 @@ from sfumato.errors import InputError
 SHARES = (1.0, 0.5, 0.2, 0.05)
 """Shares of the canaries that are guessed. Fixed before any score is seen; an attack that is sure of a few canaries
 only needs few guesses, a weak but broad one many."""
-MOST_CANARIES = 10_000_000
+MOST_CANARIES = 1_000_000
 SPREAD = 12  # standard deviations of a binomial beyond which its terms are below 1e-30
 
 
@@ -106,7 +106,7 @@ def cap(canaries: int, delta: float, level: float = 0.95, *, looks: int = 1) -> 
 def canaries_needed(epsilon: float, delta: float, level: float = 0.95, *, looks: int = 1) -> int:
     """Smallest m with cap(m) > `epsilon`: fewer canaries cannot contradict a claim of (ε, δ)-DP.
 
-    InputError when no m up to 10^7 can: with δ > 0 the cap peaks, near ln((1 - level) / 2δ), and falls again.
+    InputError when no m up to 10^6 can: with δ > 0 the cap peaks, near ln((1 - level) / 2δ), and falls again.
     """
     if not (math.isfinite(epsilon) and epsilon >= 0):
         raise InputError(f"an epsilon of {epsilon:g} cannot be tested; give a number that is 0 or more")
@@ -116,8 +116,8 @@ def canaries_needed(epsilon: float, delta: float, level: float = 0.95, *, looks:
         low, high = high, high + max(1, high // 10)
         if high > MOST_CANARIES:
             raise InputError(
-                f"no number of canaries can show that epsilon exceeds {epsilon:g} at delta {delta:g}: the bound "
-                f"never exceeds {largest:.2f}; audit a smaller claim"
+                f"no number of canaries up to {MOST_CANARIES:,} can show that epsilon exceeds {epsilon:g} at "
+                f"delta {delta:g}: the bound never exceeds {largest:.2f}; audit a smaller claim"
             )
     while high - low > 1:
         middle = (low + high) // 2
