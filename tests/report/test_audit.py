@@ -39,6 +39,7 @@ class _Balanced(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.text += " "
         self.references += [
             value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
         ]
@@ -154,7 +155,10 @@ def fail_result():
             "side": found(2000, 374, 88, 0.173, [0.129, 0.214]),
             "side-shuffled": found(2000, 171, 44, 0.075, [0.046, 0.103]),
             "conditioned": found(2000, 252, 61, 0.117, [0.081, 0.152], says="knows the labels of all images"),
-            "carlini": found(2000, 22, 9, 0.006, [0.001, 0.013], bands=[], saturation=[]),
+            "carlini": found(
+                2000, 22, 9, 0.006, [0.001, 0.013], saturation=[], threshold=-0.41,
+                bands=[{"low": -0.41, "high": -0.3, "ams": 0.011, "ums": 0.0045}],
+            ),
             "gu": found(2000, 0, 0, 0.0, [0.0, 0.0018], ams_ci=[0.0, 0.0018], bands=[], saturation=[]),
         },
         "side": {
@@ -354,7 +358,9 @@ def test_every_figure_is_told_with_its_count_and_interval(gallery):
     said = words(owners(fail_result(), gallery))
     for text in (
         "374 = 18.7 %", "17.3 to 20.2 %", "88 = 4.4 %", "12.9 to 21.4 % (99.2 % interval)", "✕ above the limit",
-        "? reaches across the limit", "✓ below the limit", "0 = 0 %", "0 to 0.18 %", "3 blank ones left out",
+        "? reaches across the limit", "✓ within the limit", "0 = 0 %", "0 to 0.18 %", "3 blank ones count as no match",
+        "for comparison, not judged",
+        "ratio of 0.41 or less", "0.3 to 0.41",
         "SIDE against plain sampling: 374 matches against 154, 2.4 times as many.",
         "SIDE against SIDE, shuffled groups: 374 matches against 171", "groups coherent enough to steer by: 31",
         "0.740", "0.718 to 0.762", "112 of 1,000 found, 10 of 1,000 false alarms", "23 of 1,000 found, 1 of 1,000",
@@ -460,6 +466,24 @@ def test_a_black_box_says_what_it_could_not_try(gallery):
         said.count("it needs the model, and only its images were given") == 3
     )  # SIDE's place, and two skipped rows
     assert "Not tried: it needs the model" in said and "membership" in said and "made.npz" in said
+
+
+def test_the_comparison_that_knows_the_labels_is_not_judged(gallery):
+    result = fail_result()
+    result["attacks"]["conditioned"] |= {"excess": 0.9, "ci": [0.88, 0.92], "distinct": 17}
+    result["attacks"]["released"] = found(5000, 1, 1, 0.0, [-0.001, 0.01])
+    page = owners(result, gallery)
+    assert words(page).index("17.3 % excess of copies, at worst by SIDE") > 0
+    row = page[page.index(">steered by real labels<small>") : page.index(">Carlini&#39;s ratio<small>")]
+    assert "limit</small>" not in row and "17 <span" in row
+    assert "the images that came with the generator" in page
+    assert page.count("✓ within the limit") == 2  # the interval may end at the limit
+
+
+def test_a_rate_that_too_few_images_cannot_show_is_not_shown_as_nothing(gallery):
+    result = fail_result()
+    result["membership"]["sima"]["tpr"]["0.001"] |= {"value": None, "true_positives": None}
+    assert words(owners(result, gallery)).count("too few images") == 1
 
 
 def test_few_unseen_images_are_said_to_be_few(gallery):

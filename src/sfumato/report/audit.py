@@ -14,7 +14,6 @@ import numpy as np
 
 from sfumato.data.images import OwnerOnly
 from sfumato.report.audit_figures import (
-    attack_name,
     bands,
     closeness,
     count,
@@ -25,6 +24,7 @@ from sfumato.report.audit_figures import (
     percent,
     saturation,
     side,
+    skipped_name,
     threshold,
     tiles,
 )
@@ -130,7 +130,7 @@ def _page(
         "epsilon": epsilon(result),
         "policy": [(key, POLICY.get(key, ""), _plain(value)) for key, value in policy.items()],
         "seconds": _seconds(result.get("seconds") or {}),
-        "number": number, "count": count, "percent": percent, "attack_name": attack_name,
+        "number": number, "count": count, "percent": percent, "skipped_name": skipped_name,
     }  # fmt: skip
     return _render("audit.html", page, owner=owner)
 

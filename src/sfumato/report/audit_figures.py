@@ -10,6 +10,7 @@ from sfumato.report.charts import line_chart, roc_chart, span, track
 from sfumato.report.words import claim, delta_claim, number
 
 ATTACKS = {
+    "released": ("released images", "the images that came with the generator"),
     "random": ("plain sampling", "the generator is used as anybody would use it"),
     "side": ("SIDE", "the generator is steered towards groups of its own images, where memorised ones gather"),
     "side-shuffled": ("SIDE, shuffled groups", "control: the same steering with meaningless groups"),
@@ -18,6 +19,10 @@ ATTACKS = {
     "cliques": ("Carlini's cliques", "counts images that the generator makes again and again"),
     "gu": ("Gu's ratio", "counts an image whose nearest training image is much closer than the second nearest"),
 }  # fmt: skip
+SKIPPED = {"extraction": "all that look for copies", "membership": "membership inference"}
+BYSTANDERS = ("conditioned",)  # shown, not judged: its classifier has seen the training images
+JUDGED_NOT = ("", "for comparison, not judged")
+RATIOS = ("carlini", "gu")  # their similarity is minus a ratio, whatever the extractor's is
 MEMBERSHIP = {
     "loss": ("loss", "how well the model removes noise from the image"),
     "secmi": ("SecMI", "error after one step forth and back along the sampler"),
@@ -32,21 +37,19 @@ def tiles(
     """(figure, what it is, where it comes from) of the four figures that a verdict rests on."""
     largest, found, hits = "–", "–", "–"
     by, among, how = "no images were compared", "", "not tried"
-    known = {name: of for name, of in attacks.items() if of.get("excess") is not None}
+    known = {
+        name: of for name, of in attacks.items() if of.get("excess") is not None and name not in BYSTANDERS
+    }
     if known:
         worst = max(known, key=lambda name: known[name]["excess"])
         largest, by = (
             percent(known[worst]["excess"]),
             f"by {attack_name(worst)}{_limit(policy, 'maximum_excess')}",
         )
-    counted = {
-        name: round(of["ums"] * of["num_images"])
-        for name, of in attacks.items()
-        if of.get("ums") is not None and of.get("num_images") is not None
-    }
+    counted = {name: many for name, of in attacks.items() if (many := _distinct(of)) is not None}
     if counted:
         most = max(counted, key=lambda name: counted[name])
-        among = f"by {attack_name(most)}, in {number(attacks[most]['num_images'])} generated images"
+        among = f"by {attack_name(most)}, in {count(attacks[most].get('num_images'))} generated images"
         found = number(counted[most])
     rates = {
         name: rate
@@ -70,8 +73,18 @@ def tiles(
     ]
 
 
+def _distinct(of: Mapping[str, Any]) -> int | None:
+    """How many different training images (duplicate groups) an attack matched."""
+    if of.get("distinct") is not None:
+        return of["distinct"]
+    known = of.get("ums") is not None and of.get("num_images") is not None
+    return round(of["ums"] * of["num_images"]) if known else None
+
+
 def _limit(policy: Mapping[str, Any], key: str) -> str:
-    return "" if policy.get(key) is None else f"; the limit is {percent(policy[key])}".replace(" %", "\u00a0%")
+    return (
+        "" if policy.get(key) is None else f"; the limit is {percent(policy[key])}".replace(" %", "\u00a0%")
+    )
 
 
 def threshold(result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -104,26 +117,26 @@ def extraction(
     excess = span([maximum, *(end for of in every for end in (of.get("excess"), *_ends(of.get("ci"))))])
     rows = []
     for name, of in attacks.items():
-        images, ums = of.get("num_images"), of.get("ums")
+        ums, ratio = of.get("ums"), name in RATIOS and of.get("threshold") is not None
         rows.append(
             {
                 "name": attack_name(name),
-                "meaning": ATTACKS.get(name, ("", ""))[1],
-                "says": of.get("says") or "",
+                "meaning": ATTACKS[name][1] if name in ATTACKS else of.get("says") or "",
+                "own_threshold": f"ratio of {closeness(of['threshold'], True)} or less" if ratio else "",
                 "filtered": of.get("filtered") or 0,
-                "images": count(images),
+                "images": count(of.get("num_images")),
                 "matches": count(of.get("matches")),
                 "ams": percent(of.get("ams")),
                 "ams_interval": _interval(of.get("ams_ci")),
                 "ams_track": track(of.get("ams"), *_ends(of.get("ams_ci")), matched, {"chance": chance}),
-                "distinct": count(None if images is None or ums is None else round(ums * images)),
+                "distinct": count(_distinct(of)),
                 "ums": percent(ums),
                 "ums_track": track(ums, None, None, matched),
                 "excess": percent(of.get("excess")),
                 "excess_interval": _interval(of.get("ci")),
                 "excess_track": track(of.get("excess"), *_ends(of.get("ci")), excess, {"zero": 0.0, "limit": maximum}),
                 "level": "" if of.get("level") is None else f"{100 * of['level']:.3g} %",
-                "status": _status(of.get("ci"), maximum),
+                "status": JUDGED_NOT if name in BYSTANDERS else _status(of.get("ci"), maximum),
             }
         )  # fmt: skip
     return {
@@ -142,7 +155,7 @@ def _status(ends: Sequence[float | None] | None, maximum: float | None) -> tuple
         return "", ""
     if low > maximum:
         return "over", "✕ above the limit"
-    return ("within", "✓ below the limit") if high < maximum else ("across", "? reaches across the limit")
+    return ("within", "✓ within the limit") if high <= maximum else ("across", "? reaches across the limit")
 
 
 def saturation(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -167,16 +180,27 @@ def saturation(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
 
 
 def bands(attacks: Mapping[str, Mapping[str, Any]], lower: bool) -> list[dict[str, Any]]:
-    """Tables of exclusive similarity bands; attacks with the same bands share a table, closest band first."""
-    tables: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """A table of exclusive bands of closeness for each attack that matched anything, closest band first."""
+    tables = []
     for name, of in attacks.items():
         closest_first = sorted(of.get("bands") or (), key=_low_end, reverse=True)
-        if closest_first:
-            ends = tuple((band.get("low"), band.get("high")) for band in closest_first)
-            table = tables.setdefault(ends, {"bands": [_band(*pair, lower) for pair in ends], "columns": []})
-            cells = [(percent(band.get("ams")), percent(band.get("ums"))) for band in closest_first]
-            table["columns"].append((attack_name(name), cells))
-    return list(tables.values())
+        if any(band.get("ams") for band in closest_first):
+            turned = lower or name in RATIOS
+            tables.append(
+                {
+                    "name": attack_name(name),
+                    "measure": "ratio" if name in RATIOS else "distance" if lower else "similarity",
+                    "rows": [
+                        (
+                            _band(band.get("low"), band.get("high"), turned),
+                            percent(band.get("ams")),
+                            percent(band.get("ums")),
+                        )
+                        for band in closest_first
+                    ],
+                }
+            )
+    return tables
 
 
 def _low_end(band: Mapping[str, Any]) -> float:
@@ -231,18 +255,18 @@ def membership(result: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str
     limit = policy.get("maximum_tpr_at_1_percent_fpr")
     rows = []
     for name, of in attacks.items():
-        cells = []
-        for rate in ("0.001", "0.01"):
-            at = (of.get("tpr") or {}).get(rate) or {}
-            cells.append(
-                {
-                    "value": percent(at.get("value")),
-                    "interval": _interval((at.get("low"), at.get("high"))),
-                    "hits": f"{count(at.get('true_positives'))} of {count(of.get('members'))}",
-                    "alarms": f"{count(at.get('false_positives'))} of {count(of.get('nonmembers'))}",
-                    "status": _status((at.get("low"), at.get("high")), limit) if rate == "0.01" else ("", ""),
-                }
-            )
+        rates = [(of.get("tpr") or {}).get(rate) or {} for rate in ("0.001", "0.01")]
+        cells = [
+            {
+                "value": percent(at["value"]),
+                "interval": _interval((at.get("low"), at.get("high"))),
+                "hits": f"{count(at.get('true_positives'))} of {count(of.get('members'))}",
+                "alarms": f"{count(at.get('false_positives'))} of {count(of.get('nonmembers'))}",
+            }
+            if at.get("value") is not None
+            else None
+            for at in rates
+        ]
         rows.append(_auc(MEMBERSHIP.get(name, (name, "")), of.get("auc"), of.get("auc_ci")) | {"tpr": cells})
     if blind:
         said = ("blind baseline", "never sees the generator: near 0.5, or the two sets differ by themselves")
@@ -329,6 +353,11 @@ def percent(share: float | None) -> str:
 def attack_name(name: str) -> str:
     """An attack's name in words; its own where there are none."""
     return ATTACKS.get(name, (name, ""))[0]
+
+
+def skipped_name(name: str) -> str:
+    """The name of what was skipped, in words."""
+    return SKIPPED.get(name) or attack_name(name)
 
 
 def count(value: Any) -> str:
