@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 from copy import deepcopy
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -588,3 +590,20 @@ def test_shares_in_words():
         percent(share) for share in (0, 1, 0.5, 0.9999, 0.0305, 0.00049, -0.0061, 1.236, None, float("nan"))
     ]
     assert said == ["0 %", "100 %", "50 %", "> 99.9 %", "3.0 %", "0.049 %", "−0.61 %", "123.6 %", "–", "–"]
+
+
+def test_the_page_and_the_guide_know_every_key_attack_and_bystander():
+    from sfumato.audit.attacks import SAYS
+    from sfumato.audit.policy import BYSTANDERS, EXIT_STATUS, Policy
+    from sfumato.report import audit, audit_figures
+
+    guide = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf-8")
+    fields = {field.name: field.default for field in dataclasses.fields(Policy)}
+    assert set(audit.POLICY) == set(fields)
+    for key, default in fields.items():
+        assert f"| `{key}` | {str(default).lower()} |" in guide, key
+    assert set(SAYS) <= set(audit_figures.ATTACKS) and audit_figures.BYSTANDERS == BYSTANDERS
+    for name in SAYS:
+        assert f"| `{name}` |" in guide, name
+    for verdict, status in EXIT_STATUS.items():
+        assert verdict in audit.VERDICTS and f"| {status} | {verdict} |" in guide
