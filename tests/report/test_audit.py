@@ -351,6 +351,26 @@ def test_the_verdict_comes_first_in_words_a_sign_and_a_colour(name, word, sign, 
     assert ("It is no guarantee of privacy" in said) == (name == "pass")
 
 
+def test_a_failure_is_said_in_plain_words(gallery):
+    result = fail_result()
+    assert "than its privacy claim (ε) promises." in words(owners(result, gallery))
+    result["epsilon_claimed"] = None
+    assert "Do not release: this generator repeats images that it was trained on (374 of 2,000" in words(
+        owners(result, gallery)
+    )
+    result["attacks"] = {"conditioned": result["attacks"]["conditioned"]}  # which is not judged
+    assert "Do not release: one can tell from this generator which images" in words(owners(result, gallery))
+
+
+def test_a_reason_that_is_the_sentence_is_not_said_twice(gallery):
+    result = fail_result() | {
+        "sentence": "Fails: this. And 1 further reason.",
+        "reasons": ["this.", "and that."],
+    }
+    page = owners(result, gallery)
+    assert "<li>and that.</li>" in page and "<li>this.</li>" not in page
+
+
 def test_an_unknown_verdict_is_never_a_pass(gallery):
     said = words(owners(fail_result() | {"verdict": "passed"}, gallery))
     assert "NO VERDICT" in said and "PASS" not in said
@@ -378,7 +398,7 @@ def test_every_figure_is_told_with_its_count_and_interval(gallery):
 def test_bars_and_whiskers_stand_where_their_figures_are(gallery):
     page = owners(fail_result(), gallery)
     top = 1.05 * 0.202  # the axis of AMS and UMS: the highest interval's end and a little room
-    row = page[page.index(">SIDE<small>") : page.index(">SIDE, shuffled groups<small>")]
+    row = page[page.index(">SIDE<small>") : page.index(">SIDE, shuffled groups <code>")]
     width, left, wide = (float(each) for each in re.search(
         r'class="bar" style="left:0.0%;width:([\d.]+)%".*?class="whisker" style="left:([\d.]+)%;width:([\d.]+)%', row
     ).groups())  # fmt: skip
@@ -462,6 +482,18 @@ def test_the_lower_bound_is_rounded_down_and_set_against_the_claim(gallery):
     assert "no claim of a guarantee" in words(owners(result, gallery))
 
 
+@pytest.mark.parametrize("change", [{"delta": 1e-4}, {"relation": "replace_one"}])
+def test_a_bound_that_is_not_about_the_claim_breaks_nothing(change, gallery):
+    result = fail_result()
+    result["epsilon_claimed"] |= change
+    said = words(owners(result, gallery))
+    assert (
+        "The two cannot be compared" in said
+        and "does not hold" not in said
+        and "privacy claim (ε)" not in said
+    )
+
+
 def test_a_black_box_says_what_it_could_not_try(gallery):
     said = words(owners(black_box_result(), gallery))
     assert (
@@ -476,7 +508,9 @@ def test_the_comparison_that_knows_the_labels_is_not_judged(gallery):
     result["attacks"]["released"] = found(5000, 1, 1, 0.0, [-0.001, 0.01])
     page = owners(result, gallery)
     assert words(page).index("17.3 % excess of copies, at worst by SIDE") > 0
-    row = page[page.index(">steered by real labels<small>") : page.index(">Carlini&#39;s ratio<small>")]
+    row = page[
+        page.index(">steered by real labels <code>conditioned") : page.index(">Carlini&#39;s ratio <code>")
+    ]
     assert "limit</small>" not in row and "17 <span" in row
     assert "the images that came with the generator" in page
     assert page.count("✓ within the limit") == 2  # the interval may end at the limit

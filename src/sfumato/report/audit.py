@@ -14,19 +14,23 @@ import numpy as np
 
 from sfumato.data.images import OwnerOnly
 from sfumato.report.audit_figures import (
+    BYSTANDERS,
+    MEMBERSHIP,
+    attack_name,
     bands,
     closeness,
     count,
+    distinct,
     epsilon,
     extraction,
     is_distance,
+    limit_status,
     membership,
     percent,
     saturation,
     side,
     skipped_name,
     threshold,
-    tiles,
 )
 from sfumato.report.html import _render, strip
 from sfumato.report.redaction import redacted
@@ -39,7 +43,7 @@ MOST_PIXELS = 160
 # verdict -> (sign, word, what it means for somebody who knows none of the terms)
 VERDICTS = {
     "pass": ("✓", "PASS", "Within the limits: no attack that was run went further than the policy allows."),
-    "fail": ("✕", "FAIL", "Do not release: at least one figure is beyond what the policy allows."),
+    "fail": ("✕", "FAIL", "Do not release: {why}."),
     "undecided": (
         "?",
         "UNDECIDED",
@@ -62,7 +66,7 @@ KINDS = {
 }
 # Parts of the result that the template reads by itself; a missing one is None.
 RESULT_PARTS = (
-    "format", "statement", "sentence", "reasons", "target", "train", "holdout", "extractor", "guidance_extractor",
+    "format", "statement", "sentence", "target", "train", "holdout", "extractor", "guidance_extractor",
     "searched", "skipped", "software",
 )  # fmt: skip
 
@@ -115,9 +119,15 @@ def _page(
     page = {
         "title": "What did this generator memorise?",
         "result": {part: result.get(part) for part in RESULT_PARTS},
-        "verdict": {"kind": verdict, "sign": sign, "word": word, "meaning": meaning},
+        "reasons": [reason for reason in result.get("reasons") or () if reason not in (result.get("sentence") or "")],
+        "verdict": {
+            "kind": verdict,
+            "sign": sign,
+            "word": word,
+            "meaning": meaning.format(why=_why_it_fails(result, policy)),
+        },
         "target_kind": KINDS.get((result.get("target") or {}).get("kind") or "", ""),
-        "tiles": tiles(attacks, result, policy),
+        "tiles": _tiles(attacks, result, policy),
         "gallery": gallery,
         "left_out": left_out,
         "closeness": "distance" if is_distance(result) else "similarity",
@@ -133,6 +143,77 @@ def _page(
         "number": number, "count": count, "percent": percent, "skipped_name": skipped_name,
     }  # fmt: skip
     return _render("audit.html", page, owner=owner)
+
+
+def _why_it_fails(result: Mapping[str, Any], policy: Mapping[str, Any]) -> str:
+    """What a failed audit found, in words that need no explanation."""
+    # A contradicted claim fails even where the rest is withheld, so it is all that can be said for certain then.
+    if policy.get("epsilon_must_not_exceed_claim", True) and epsilon(result)["broken"]:
+        return "more of the training images comes out of this generator than its privacy claim (ε) promises"
+    beyond = {
+        name: of
+        for name, of in (result.get("attacks") or {}).items()
+        if name not in BYSTANDERS
+        and limit_status((of or {}).get("ci"), policy.get("maximum_excess"))[0] == "over"
+    }
+    if beyond:
+        worst = max(beyond, key=lambda name: beyond[name].get("excess") or 0)
+        return (
+            "this generator repeats images that it was trained on "
+            f"({count(beyond[worst].get('matches'))} of {count(beyond[worst].get('num_images'))} generated images "
+            "match one)"
+        )
+    return (
+        "one can tell from this generator which images it was trained on, more often than the policy allows"
+    )
+
+
+def _tiles(
+    attacks: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any], policy: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """(figure, what it is, where it comes from) of the four figures that a verdict rests on."""
+    largest, found, hits = "–", "–", "–"
+    by, among, how = "no images were compared", "", "not tried"
+    known = {
+        name: of for name, of in attacks.items() if of.get("excess") is not None and name not in BYSTANDERS
+    }
+    if known:
+        worst = max(known, key=lambda name: known[name]["excess"])
+        largest = percent(known[worst]["excess"])
+        by = f"by {attack_name(worst)}{_limit(policy, 'maximum_excess')}"
+    counted = {name: many for name, of in attacks.items() if (many := distinct(of)) is not None}
+    if counted:
+        most = max(counted, key=lambda name: counted[name])
+        among = f"by {attack_name(most)}, in {count(attacks[most].get('num_images'))} generated images"
+        found = number(counted[most])
+    rates = {
+        name: rate
+        for name, of in (result.get("membership") or {}).items()
+        if (rate := (((of or {}).get("tpr") or {}).get("0.01") or {}).get("value")) is not None
+    }
+    if rates:
+        best = max(rates, key=lambda name: rates[name])
+        hits = percent(rates[best])
+        how = f"by {MEMBERSHIP.get(best, (best,))[0]}{_limit(policy, 'maximum_tpr_at_1_percent_fpr')}"
+    told = epsilon(result)
+    return [
+        (largest, "excess of copies, at worst", by),
+        (found, "different training images matched, at most", among),
+        (hits, "of members found, at 1 % false alarms", how),
+        (
+            f"ε ≥ {told['found']}" if told["found"] else "–",
+            "lower bound on ε" + (f", {told['claimed']} claimed" if told["claimed"] else ""),
+            f"could have shown {told['cap']} at most" if told["cap"] else "no canaries" * (not told["found"]),
+        ),
+    ]
+
+
+def _limit(policy: Mapping[str, Any], key: str) -> str:
+    if policy.get(key) is None:
+        return ""
+    return f"; the limit is {percent(policy[key])}".replace(
+        " %", "\u00a0%"
+    )  # a line never ends between the two
 
 
 def _plain(value: Any) -> str:

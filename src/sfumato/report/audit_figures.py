@@ -31,60 +31,12 @@ MEMBERSHIP = {
 }
 
 
-def tiles(
-    attacks: Mapping[str, Mapping[str, Any]], result: Mapping[str, Any], policy: Mapping[str, Any]
-) -> list[tuple[str, str, str]]:
-    """(figure, what it is, where it comes from) of the four figures that a verdict rests on."""
-    largest, found, hits = "–", "–", "–"
-    by, among, how = "no images were compared", "", "not tried"
-    known = {
-        name: of for name, of in attacks.items() if of.get("excess") is not None and name not in BYSTANDERS
-    }
-    if known:
-        worst = max(known, key=lambda name: known[name]["excess"])
-        largest, by = (
-            percent(known[worst]["excess"]),
-            f"by {attack_name(worst)}{_limit(policy, 'maximum_excess')}",
-        )
-    counted = {name: many for name, of in attacks.items() if (many := _distinct(of)) is not None}
-    if counted:
-        most = max(counted, key=lambda name: counted[name])
-        among = f"by {attack_name(most)}, in {count(attacks[most].get('num_images'))} generated images"
-        found = number(counted[most])
-    rates = {
-        name: rate
-        for name, of in (result.get("membership") or {}).items()
-        if (rate := ((of or {}).get("tpr") or {}).get("0.01", {}).get("value")) is not None
-    }
-    if rates:
-        best = max(rates, key=lambda name: rates[name])
-        hits = percent(rates[best])
-        how = f"by {MEMBERSHIP.get(best, (best,))[0]}{_limit(policy, 'maximum_tpr_at_1_percent_fpr')}"
-    told = epsilon(result)
-    return [
-        (largest, "excess of copies, at worst", by),
-        (found, "different training images matched, at most", among),
-        (hits, "of members found, at 1 % false alarms", how),
-        (
-            f"ε ≥ {told['found']}" if told["found"] else "–",
-            "lower bound on ε" + (f", {told['claimed']} claimed" if told["claimed"] else ""),
-            f"could have shown {told['cap']} at most" if told["cap"] else "no canaries" * (not told["found"]),
-        ),
-    ]
-
-
-def _distinct(of: Mapping[str, Any]) -> int | None:
+def distinct(of: Mapping[str, Any]) -> int | None:
     """How many different training images (duplicate groups) an attack matched."""
     if of.get("distinct") is not None:
         return of["distinct"]
     known = of.get("ums") is not None and of.get("num_images") is not None
     return round(of["ums"] * of["num_images"]) if known else None
-
-
-def _limit(policy: Mapping[str, Any], key: str) -> str:
-    return (
-        "" if policy.get(key) is None else f"; the limit is {percent(policy[key])}".replace(" %", "\u00a0%")
-    )
 
 
 def threshold(result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -121,6 +73,7 @@ def extraction(
         rows.append(
             {
                 "name": attack_name(name),
+                "key": name if attack_name(name).lower() != name else "",
                 "meaning": ATTACKS[name][1] if name in ATTACKS else of.get("says") or "",
                 "own_threshold": f"ratio of {closeness(of['threshold'], True)} or less" if ratio else "",
                 "filtered": of.get("filtered") or 0,
@@ -129,14 +82,14 @@ def extraction(
                 "ams": percent(of.get("ams")),
                 "ams_interval": _interval(of.get("ams_ci")),
                 "ams_track": track(of.get("ams"), *_ends(of.get("ams_ci")), matched, {"chance": chance}),
-                "distinct": count(_distinct(of)),
+                "distinct": count(distinct(of)),
                 "ums": percent(ums),
                 "ums_track": track(ums, None, None, matched),
                 "excess": percent(of.get("excess")),
                 "excess_interval": _interval(of.get("ci")),
                 "excess_track": track(of.get("excess"), *_ends(of.get("ci")), excess, {"zero": 0.0, "limit": maximum}),
                 "level": "" if of.get("level") is None else f"{100 * of['level']:.3g} %",
-                "status": JUDGED_NOT if name in BYSTANDERS else _status(of.get("ci"), maximum),
+                "status": JUDGED_NOT if name in BYSTANDERS else limit_status(of.get("ci"), maximum),
             }
         )  # fmt: skip
     return {
@@ -148,7 +101,7 @@ def extraction(
     }
 
 
-def _status(ends: Sequence[float | None] | None, maximum: float | None) -> tuple[str, str]:
+def limit_status(ends: Sequence[float | None] | None, maximum: float | None) -> tuple[str, str]:
     """(class, words): where an interval lies beside its limit."""
     low, high = _ends(ends)
     if low is None or high is None or maximum is None:
@@ -167,10 +120,10 @@ def saturation(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | Non
         if points:
             said = attack_name(name)
             share[said] = [(p["num_images"], p["ams"]) for p in points if p.get("ams") is not None]
-            distinct = [
+            different = [
                 (p["num_images"], p["ums"] * p["num_images"]) for p in points if p.get("ums") is not None
             ]
-            found[said] = [(0.0, 0.0), *distinct]
+            found[said] = [(0.0, 0.0), *different]
     if not found:
         return None
     return {
@@ -299,7 +252,11 @@ def _auc(said: tuple[str, str], auc: float | None, ends: Sequence[float | None] 
 def epsilon(result: Mapping[str, Any]) -> dict[str, Any]:
     claimed, bound = result.get("epsilon_claimed") or {}, result.get("epsilon_lower_bound") or {}
     said, found, cap = claimed.get("epsilon"), bound.get("epsilon"), bound.get("cap")
-    broken = said is not None and found is not None and found > said
+    both = said is not None and found is not None
+    deltas = claimed.get("delta"), bound.get("delta")
+    smaller = None not in deltas and deltas[1] < deltas[0] * (1 - 1e-9)  # a smaller δ belongs to a larger ε
+    comparable = both and not smaller and claimed.get("relation") != "replace_one"
+    broken = comparable and found > said
     axis = span([said, found, cap])
     digits = 2
     while broken and digits < 9 and math.floor(found * 10**digits) / 10**digits <= said:
@@ -320,6 +277,7 @@ def epsilon(result: Mapping[str, Any]) -> dict[str, Any]:
         "delta": "" if claimed.get("delta") is None else delta_claim(claimed["delta"]),
         "found": found_text,
         "broken": broken,
+        "incomparable": both and not comparable,
         "cap": _down(cap, 2),
         "level": "" if bound.get("level") is None else f"{100 * bound['level']:.3g} %",
         "bound_delta": "" if bound.get("delta") is None else f"{bound['delta']:.2g}",
