@@ -54,8 +54,8 @@ def epsilon_lower_bound(
     lower end v of r. The number of guesses, and which, must not depend on what is in and what is out.
     InputError unless 0 <= v <= r <= m, m >= 1, 0 <= δ < 1 and 0 < level < 1.
     """
-    from scipy.special import logit
-    from scipy.stats import beta as beta_distribution
+    from scipy.optimize import root_scalar
+    from scipy.special import betaincinv, logit
 
     _check(delta, level)
     if not 0 <= correct <= guesses <= canaries or canaries < 1:
@@ -63,34 +63,34 @@ def epsilon_lower_bound(
             f"{correct} right of {guesses} guesses about {canaries} canaries is no count; nothing was audited"
         )
     failure = 1 - level
-    if correct == 0 or _p_value(0.0, correct, guesses, canaries, delta) >= failure:
+
+    def lacking(epsilon: float) -> float:
+        return _p_value(epsilon, correct, guesses, canaries, delta) - failure
+
+    if correct == 0 or lacking(0.0) >= 0:
         return 0.0
-    # Without δ the p-value is smaller, so its bound is from above; p(ε) - failure changes sign in between.
-    high = float(logit(beta_distribution.ppf(failure, correct, guesses - correct + 1)))
-    low = 0.0
-    if delta == 0:
-        return max(low, high)
-    for _ in range(60):
-        middle = (low + high) / 2
-        if _p_value(middle, correct, guesses, canaries, delta) < failure:
-            low = middle
-        else:
-            high = middle
-    return low
+    # Where β alone reaches the level, p is there or beyond.
+    high = float(logit(betaincinv(correct, guesses - correct + 1, failure)))
+    if delta == 0 or lacking(high) <= 0:
+        return high
+    return float(root_scalar(lacking, bracket=(0.0, high), xtol=1e-9).root)
 
 
 def _p_value(epsilon: float, correct: int, guesses: int, canaries: int, delta: float) -> float:
-    """p(ε) of Theorem 5.2; see `epsilon_lower_bound`."""
-    from scipy.stats import binom
+    """p(ε) of Theorem 5.2 for v >= 1; see `epsilon_lower_bound`."""
+    from scipy.special import betainc, gammaln
 
     q = 1 / (1 + math.exp(-epsilon))
-    p = float(binom.sf(correct - 1, guesses, q))
+    p = float(betainc(correct, guesses - correct + 1, q))  # β
     if delta > 0:
         # α is the largest mean of P[Bin = v - 1], ..., P[Bin = v - i]. The terms rise up to the mode and fall from
         # there on, so no mean that reaches past the terms that are as good as 0 is the largest.
         lowest = guesses * q - SPREAD * math.sqrt(guesses * q * (1 - q)) - SPREAD
-        values = np.arange(correct - 1, max(-1, min(math.floor(lowest), correct - 2)), -1)
-        means = np.cumsum(binom.pmf(values, guesses, q)) / np.arange(1, len(values) + 1)
+        right = np.arange(correct - 1, max(-1, min(math.floor(lowest), correct - 2)), -1)
+        wrong = guesses - right
+        log_terms = gammaln(guesses + 1) - gammaln(right + 1) - gammaln(wrong + 1)
+        log_terms += right * -math.log1p(math.exp(-epsilon)) + wrong * -math.log1p(math.exp(epsilon))
+        means = np.cumsum(np.exp(log_terms)) / np.arange(1, len(right) + 1)
         p += 2 * canaries * delta * float(means.max())
     return min(1.0, p)
 

@@ -25,7 +25,7 @@ BYSTANDERS = ("conditioned",)
 """Attacks that are shown but not judged: the classifier that guides them was trained on the training images, so
 copies may be the classifier's and not the generator's."""
 EXIT_STATUS = {"pass": 0, "fail": 3, "undecided": 4}
-FEW_TO_A_MATCH = 5  # matches per training image from which on a few images account for them
+REPEATED = 3  # matches per training image from which on it is said that few images account for them
 Figures = Mapping[str, Any]
 
 
@@ -271,12 +271,12 @@ def _judge_attacks(result: Figures, policy: Policy, found: _Findings) -> None:
             found.within.append(f"{says}, within the policy's {limit}.")
         else:
             says += f", which does not decide about the policy's {limit}"
-            if 0 < distinct * FEW_TO_A_MATCH <= matches:
+            if 0 < distinct * REPEATED <= matches:
                 found.undecided.append(
-                    f"{says}: {_count(distinct, 'training image')} account for all {matches:,} matches. Look at the "
-                    "pairs in the report: either they are memorised, or generic pictures that would be matched "
-                    "whoever was trained on them, and so few of them cannot be told from chance. A larger --holdout "
-                    "needs fewer."
+                    f"{says}: all {matches:,} matches are of {_count(distinct, 'training image')}. Look at them in "
+                    "the report: pictures that many generated images repeat are memorised, or so generic that others "
+                    "would have been matched in their place, and so few cannot be told from chance. A larger "
+                    "--holdout could tell with fewer."
                 )
             else:
                 found.undecided.append(f"{says}: more images (--num-images) or a larger --holdout would.")
