@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "encoders": {"data"},
     "evaluation": {"data", "diffusion", "encoders"},
     "report": {"data", "privacy"},
-    "audit": {"data", "diffusion", "encoders", "evaluation", "privacy"},
+    "audit": {"data", "diffusion", "encoders", "evaluation", "privacy", "report"},
     "synthesis": {"audit", "data", "diffusion", "encoders", "evaluation", "machine", "privacy", "report"},
     "machine": {"privacy", "data"},
     "cli": {"audit", "data", "diffusion", "evaluation", "machine", "privacy", "report", "synthesis"},

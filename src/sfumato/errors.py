@@ -19,3 +19,11 @@ class BudgetError(SfumatoError):
 
 class LedgerError(SfumatoError):
     """The ledger is damaged, locked, or used against its own record."""
+
+
+class AuditRefusal(SfumatoError):
+    """An audit did not let a release pass: exit status 3 when its policy is failed, 4 when nothing could be decided."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sfumato.cli.parsing import parse, say
+from sfumato.cli.parsing import aligned, parse, say
 from sfumato.evaluation.options import EvaluateOptions
 
 COLUMNS = {
@@ -48,23 +48,12 @@ def table(summary: Mapping[str, Any]) -> list[str]:
             if figures is not None:
                 found = [figures.get(key) for key in COLUMNS.values()]
                 rows.append([said, *("-" if value is None else figure(value) for value in found)])
-    lines = _aligned(rows)
+    lines = aligned(rows)
     if summary["accuracy"]:
         ceiling = summary.get("ceiling", {}).get("accuracy", {})
         rows = [["accuracy on held-out", "synthetic", "real (ceiling)"]]
         for name, of in summary["accuracy"].items():
             best = spread(ceiling[name]) if name in ceiling else "-"
             rows.append([f"  {CLASSIFIERS.get(name, name)}", spread(of), best])
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
     return [*lines, "", *(f"note: {note}" for note in notes(summary))]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

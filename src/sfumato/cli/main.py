@@ -1,6 +1,7 @@
 """The command `sfumato`: finds the verb, runs it, and turns every failure into one line and an exit status.
 
-Exit status: 0 done, 1 a check or a verification failed, 2 bad input or not enough budget, 130 interrupted.
+Exit status: 0 done, 1 a check or a verification failed, 2 bad input or not enough budget, 3 an audit failed its
+policy, 4 an audit could not decide, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ VERBS = {
     "synthesize": "make a differentially private image set from sensitive images",
     "generate": "make more images with a released model; costs no budget",
     "evaluate": "measure synthetic images against the real ones, for the owner's eyes",
+    "audit": "find out what a generator memorised, for the owner's eyes",
+    "canaries": "plant images in a training set that bound ε from below afterwards",
     "select": "let private images choose one of several releases; charged",
     "plan": "show what a privacy and a time budget buy; reads no private data",
     "ledger": "create, show, verify or close the privacy account of a set of images",
     "checks": "show versions and machine settings, and test the gradient engine here",
 }
+
+RESUMED = ("synthesize", "evaluate", "audit", "select")
 
 # What libraries that are not written in Python say of a full disk, in exceptions of their own.
 FULL = ("No space left on device", "database or disk is full")
@@ -64,9 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SfumatoError as error:
         return _error(str(error), error.exit_status)
     except KeyboardInterrupt:
-        again = (
-            " Run the same command again to resume." if verb in ("synthesize", "evaluate", "select") else ""
-        )
+        again = " Run the same command again to resume." if verb in RESUMED else ""
         print(f"\nsfumato: interrupted.{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -123,3 +123,15 @@ def _plain(argument: str) -> str:
 def say(line: str = "") -> None:
     """Print one line of a verb's result on standard output."""
     print(line, file=sys.stdout, flush=True)
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of a table as lines: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

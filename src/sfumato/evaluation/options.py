@@ -79,14 +79,7 @@ class EvaluateOptions:
                 "nothing was done. Leave one of them out"
             )
         self.feature_specs  # noqa: B018  checked by reading it
-        inside = next(
-            (p for p in (self.folder.resolve(), *self.folder.resolve().parents) if _is_release(p)), None
-        )
-        if inside is not None:
-            raise InputError(
-                f"'{self.folder}' lies inside the release '{inside}', and these figures are not for release; "
-                "nothing was done. Give another --out"
-            )
+        refuse_inside_release(self.folder, "these figures are", "nothing was done")
 
     @property
     def target(self) -> Target:
@@ -157,6 +150,16 @@ def find_target(spec: str) -> Target:
             "again until it is complete"
         )
     return Target(spec)
+
+
+def refuse_inside_release(folder: Path, what: str, ending: str) -> None:
+    """Raise `InputError` when `folder`, for results that have no guarantee, lies in a release."""
+    resolved = folder.resolve()
+    inside = next((path for path in (resolved, *resolved.parents) if _is_release(path)), None)
+    if inside is not None:
+        raise InputError(
+            f"'{folder}' lies inside the release '{inside}', and {what} not for release; {ending}. Give another --out"
+        )
 
 
 def _is_release(folder: Path) -> bool:

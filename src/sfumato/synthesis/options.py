@@ -109,6 +109,14 @@ class SynthesizeOptions:
     """Real labelled images that PRIVATE does not contain, to measure the release with; the result stays
     in `internal/`. Default: the demo's own, else none."""
 
+    audit: bool = False
+    """Audit the images and the model before the release is written: it appears only if the audit passes (see
+    `sfumato audit`). Needs --holdout. That a release appears at all then tells that it passed, and ε does
+    not cover this one bit."""
+
+    audit_policy: str | None = None
+    """YAML file with what the audit lets pass; see docs/audit.md. Default: the defaults there."""
+
     seed: int = 0
     """Seed of public randomness: initial weights, public batches, sampling. An integer. DP noise and
     private sampling have no seed."""
@@ -158,6 +166,9 @@ class SynthesizeOptions:
                 f"--method {self.method} needs --public; no budget was spent. Give public images "
                 "(--public demo:glyphs works everywhere), or choose --method dpdm."
             )
+
+        if self.audit_policy is not None and not self.audit:
+            raise InputError("--audit-policy is for --audit; no budget was spent. Give both or neither")
 
     @property
     def run_folder(self) -> Path:

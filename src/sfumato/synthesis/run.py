@@ -32,6 +32,7 @@ from sfumato.report.cards import card
 from sfumato.report.certificate import certificate
 from sfumato.report.facts import AccuracyRow, ReleaseFacts, Stage, releasable_options
 from sfumato.report.html import internal_report, release_report
+from sfumato.synthesis import gate
 from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.options import SynthesizeOptions
 from sfumato.synthesis.options import seconds as in_seconds
@@ -78,6 +79,8 @@ def synthesize(options: SynthesizeOptions) -> SynthesizeResult | None:
     options = replace(
         options, public_size=options.units, holdout=options.holdout or default_holdout(options.private)
     )
+    if options.audit:
+        gate.check(options)
     preset = _preset(options)
     budget = Budget(options.epsilon, options.delta_used)
     if options.dry_run:
@@ -199,6 +202,8 @@ def _run(
     facts = _facts(options, model, private, public, folder.certificate() or _certificate(options, model, ledger),
                    pictures, targets)  # fmt: skip
     if folder.certificate() is None:
+        if options.audit:
+            gate.audited(options, model, pictures, targets, facts.certificate)
         _release(folder.out, model, facts, pictures, targets)
     owner = figures(
         model, pictures, targets, private=private, holdout=holdout, seed=options.seed,
@@ -349,7 +354,7 @@ def _facts(
         mean_images=None if model.means is None else as_bytes(model.means),
         stages=model.stages,
         options=releasable_options(dataclasses.asdict(options)) | {"plan": "; ".join(model.plan.lines())},
-        warnings=model.warnings + ([COMPARE] if before is not None else []),
+        warnings=model.warnings + [COMPARE] * (before is not None) + [gate.SAID] * options.audit,
     )
 
 

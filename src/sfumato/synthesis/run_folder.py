@@ -15,7 +15,7 @@ from sfumato.privacy.ledger import Ledger
 from sfumato.synthesis.options import SynthesizeOptions
 
 NOT_OF_THE_RUN = ("config", "dry_run", "out")
-AFTER_THE_RELEASE = ("holdout",)  # only measures what is released
+AFTER_THE_RELEASE = ("holdout", "audit", "audit_policy")  # these only measure what is released
 OF_THE_COUNT = ("private", "epsilon", "delta", "unit", "ledger", "skip_unreadable", "public_size")
 
 

@@ -1,0 +1,198 @@
+"""The extraction attacks of an audit, one after the other: what each generated, and what of it matches.
+
+Guarantee: none. Everything here is for the owner of the images only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sfumato.audit.calibration import Threshold
+from sfumato.audit.evidence import Found, References, figures
+from sfumato.audit.options import AuditOptions
+from sfumato.audit.sets import Sets
+from sfumato.audit.side import SideSettings, classifier_conditioned, random_arm, side_attack
+from sfumato.audit.surrogate import NoUsableSurrogate
+from sfumato.audit.target import Model, Target
+from sfumato.data.images import PublicImages
+from sfumato.encoders.encoder import open_encoder
+from sfumato.evaluation.image_sets import label_positions
+from sfumato.report.audit import Pair
+
+SYNTHETIC = 4_000  # generated images that the surrogate is made from, at most
+RELEASED = 20_000  # images of a release that are looked through, at most
+PAIRS = 24  # of each kind in the gallery
+NO_MODEL = "it needs the model, and only its images were given"
+SAYS = {
+    "released": "the images that came with the target",
+    "random": "images drawn as the generator's author would, without guidance",
+    "side": "SIDE: images drawn towards clusters that were found in the generator's own images",
+    "side-shuffled": "a control: SIDE with its cluster labels shuffled",
+    "conditioned": "the older attack: images drawn towards the training images' own labels",
+    "carlini": "unguided images by Carlini's ratio: nearer than the neighbour's own neighbours",
+    "gu": "unguided images by Gu's ratio: the nearest far nearer than the second nearest",
+}
+
+
+@dataclass
+class Extractions:
+    """attacks: entries of audit.json by name. images: by attack, uint8 [N, H, W, C]. side: what SIDE chose, or why
+    it was skipped. gallery: the closest pairs with training and with held-out images."""
+
+    attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    side: dict[str, Any] | None = None
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    gallery: dict[str, list[Pair]] = field(default_factory=lambda: {"train": [], "holdout": []})
+
+
+def extract(
+    options: AuditOptions,
+    target: Target,
+    generated: PublicImages | None,
+    sets: Sets,
+    references: References,
+    threshold: Threshold,
+    *,
+    rate: float,
+    folder: Path,
+    timed: Callable[[str], AbstractContextManager[None]],
+) -> Extractions:
+    """Run the attacks that were asked for; `folder` keeps what they generate, so that the same call resumes.
+
+    threshold: of `references.matches` at the false match rate `rate`; the ratios get their own.
+    """
+    done = Extractions()
+    if generated is not None:
+        with timed("reading"):
+            done.images["released"] = _some(np.asarray(generated.images), RELEASED, options.seed)
+    if target.model is not None:
+        _draw(done, options, target, target.model, generated, sets, references, folder, timed)
+    unguided = done.images.get("random", done.images.get("released"))
+    ratios = "carlini" in options.chosen and unguided is not None
+    level = 1 - 0.05 / max(
+        1, len(done.images) + 2 * ratios
+    )  # any interval misses with probability 0.05 at most
+    found: dict[str, Found] = {}
+    with timed("matching"):
+        for name, images in done.images.items():
+            found[name] = references.search(images, references.matches)
+            done.attacks[name] = figures(found[name], threshold, level=level) | {"says": SAYS[name]}
+        if ratios:
+            assert unguided is not None
+            for name, score in (("carlini", references.carlini), ("gu", references.gu)):
+                own = references.threshold(score, rate)
+                closest = references.search(unguided, score)
+                done.attacks[name] = figures(closest, own, level=level) | {"says": SAYS[name]}
+    done.gallery = _gallery(done.images, found, references, threshold.value)
+    return done
+
+
+def _draw(
+    done: Extractions,
+    options: AuditOptions,
+    target: Target,
+    model: Model,
+    generated: PublicImages | None,
+    sets: Sets,
+    references: References,
+    folder: Path,
+    timed: Callable[[str], AbstractContextManager[None]],
+) -> None:
+    """The images of the attacks that draw from the model, into `done`."""
+    common: dict[str, Any] = {
+        "num_images": options.num_images, "score_pilot": references.closeness, "seed": options.seed, "folder": folder,
+    }  # fmt: skip
+    if "side" not in options.chosen:
+        with timed("random"):
+            done.images["random"] = random_arm(model, options.num_images, options.seed, folder)
+        return
+    settings = SideSettings()
+    with timed("surrogate"):
+        images, labels = _synthetic(model, generated, settings, options.seed)
+    try:
+        with timed("side"):
+            side = side_attack(
+                model, images, labels, open_encoder(options.guidance_features), settings=settings, **common
+            )
+        for name in ("random", "side", "side-shuffled"):
+            done.images[name] = side.arms[name].images
+        done.side = {
+            "clusters": side.clusters,
+            "kept": len(side.surrogate),
+            "scale": side.scale,
+            "pilot": [asdict(point) for point in side.pilot],
+            "provenance": side.provenance,
+            "guidance_features": options.guidance_features,
+            "says": f"{len(side.surrogate)} clusters of its own images guided it at strength {side.scale:g}",
+        }
+    except NoUsableSurrogate as problem:
+        done.side = {"skipped": f"no usable surrogate condition: {problem}"}
+        done.skipped.append({"attack": "side", "why": f"no usable surrogate condition: {problem}"})
+        with timed("random"):
+            done.images["random"] = random_arm(model, options.num_images, options.seed, folder)
+    own = sets.train_labels if (model.num_labels or 0) > 1 else sets.own_labels
+    if own is None or len(np.unique(own[own >= 0])) < 2:
+        why = "it needs training images of two labels or more, labelled as the model is"
+        done.skipped.append({"attack": "conditioned", "why": why})
+        return
+    with timed("conditioned"):
+        done.images["conditioned"] = classifier_conditioned(model, sets.train, own, **common).arm.images
+
+
+def _synthetic(
+    model: Model, generated: PublicImages | None, settings: SideSettings, seed: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Unguided images of the model for the surrogate, and its own labels of them: those that came with it, if any."""
+    if generated is not None and len(generated) >= settings.synthetic_images:
+        names, known = model.label_names, generated.label_names
+        if names is None or len(names) < 2:
+            return _some(np.asarray(generated.images), SYNTHETIC, seed), (
+                None if names is None else np.zeros(min(len(generated), SYNTHETIC), np.int64)
+            )
+        if known is not None and (generated.labels >= 0).all():
+            labels = label_positions(known, names, "the target's images")[generated.labels]
+            rows = _rows(len(generated), SYNTHETIC, seed)
+            return np.asarray(generated.images)[rows], labels[rows]
+    return model.sample(settings.synthetic_images, seed=seed + 1, description="images for the surrogate")
+
+
+def _some(images: np.ndarray, most: int, seed: int) -> np.ndarray:
+    return images[_rows(len(images), most, seed)]
+
+
+def _rows(count: int, most: int, seed: int) -> np.ndarray:
+    """All rows, or `most` of them at random, in random order: the first n are a sample, too."""
+    return np.random.default_rng(seed).permutation(count)[:most]
+
+
+def _gallery(
+    images: dict[str, np.ndarray], found: dict[str, Found], references: References, tau: float
+) -> dict[str, list[Pair]]:
+    """The closest pairs over all attacks, one for each reference."""
+    pairs: dict[str, list[Pair]] = {"train": [], "holdout": []}
+    for kind, among in (("train", references.train), ("holdout", references.holdout)):
+        every = [
+            (float(close), name, row, int(index))
+            for name, of in found.items()
+            for row, (close, index) in enumerate(
+                zip(of.similarity, of.index, strict=True) if kind == "train"
+                else zip(of.held, of.held_index, strict=True)
+            )
+            if of.informative[row]
+        ]  # fmt: skip
+        every.sort(key=lambda each: -each[0])
+        matched = Counter(index for close, _, _, index in every if close >= tau)
+        shown: set[int] = set()
+        for close, name, row, index in every:
+            if index not in shown and len(shown) < PAIRS:
+                shown.add(index)
+                pairs[kind].append(Pair(images[name][row], among[index], close, matched[index]))
+    return pairs
