@@ -613,6 +613,10 @@ def test_redaction_leaves_figures_and_plain_words_alone():
     assert clean["attacks"]["random"] == plain["attacks"]["random"] and clean["verdict"] == "pass"
     assert clean["epsilon_lower_bound"] == plain["epsilon_lower_bound"] and clean["policy"] == plain["policy"]
     assert clean["reasons"] == plain["reasons"] and "description" not in clean["train"]
+    text = {"says": "values / 255, odds of 1/2 (1/3 at least), isn't 0.25 or 12.5 % what it can't be"}
+    assert redacted(text) == text
+    paths = {"says": "/a b/c, d/e \\f g\\h ~/i ./j (k/l) x=/m 3/scan 10/2020/x scan.png"}
+    assert redacted(paths) == {"says": " ".join(["[withheld]"] * 12)}
     assert redacted({}) == {} and redacted({"train": None, "extractor": None}) == {
         "train": None,
         "extractor": None,

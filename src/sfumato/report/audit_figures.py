@@ -253,10 +253,11 @@ def epsilon(result: Mapping[str, Any]) -> dict[str, Any]:
     claimed, bound = result.get("epsilon_claimed") or {}, result.get("epsilon_lower_bound") or {}
     said, found, cap = claimed.get("epsilon"), bound.get("epsilon"), bound.get("cap")
     both = said is not None and found is not None
-    deltas = claimed.get("delta"), bound.get("delta")
-    smaller = None not in deltas and deltas[1] < deltas[0] * (1 - 1e-9)  # a smaller δ belongs to a larger ε
+    at, bound_at = claimed.get("delta"), bound.get("delta")
+    # A smaller δ belongs to a larger ε: a bound at a smaller one says nothing of the claim.
+    smaller = at is not None and bound_at is not None and bound_at < at * (1 - 1e-9)
     comparable = both and not smaller and claimed.get("relation") != "replace_one"
-    broken = comparable and found > said
+    broken = comparable and said is not None and found is not None and found > said
     axis = span([said, found, cap])
     digits = 2
     while broken and digits < 9 and math.floor(found * 10**digits) / 10**digits <= said:

@@ -11,10 +11,11 @@ OWN_EXTRACTORS = ("pixels", "tiles", "phash", "efficientnet-lite0", "copy")
 _SAID = {"target": "the generator", "train": "the training images", "holdout": "the held-out images"}
 _LEFT_OUT = ("description",)
 _AS_IT_IS = ("identity", "format")
-# Quoted text with a slash or a file's ending in it (a path may hold blanks), then any word with a slash or an ending.
+# Quoted text with a slash or a file's ending in it (a path may hold blanks), then any word with a slash
+# (fractions hide nothing) or an ending.
 _QUOTED_PATH = re.compile(r"(?<!\w)(['\"`])(?:(?!\1).)*?(?:[/\\]|\.[A-Za-z]\w{1,10})(?:(?!\1).)*\1(?!\w)")
 _PATH = re.compile(
-    r"\S*[/\\]\S*|\b[\w.-]+\.(?:zip|npz|parquet|gz|png|jpe?g|webp|tiff?|bmp|gif|pt|pth|onnx|json|ya?ml|"
+    r"(?<!\S)(?!\(?\d+/\d+\b(?!/))(?:\S+[/\\]\S*|[/\\]\S+)|\b[\w.-]+\.(?:zip|npz|parquet|gz|png|jpe?g|webp|tiff?|bmp|gif|pt|pth|onnx|json|ya?ml|"
     r"safetensors|tar|h5|csv|idx)\b",
     re.I,
 )
