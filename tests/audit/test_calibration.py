@@ -269,6 +269,15 @@ def test_images_that_match_on_both_sides_count_for_neither():
     assert found.value == 0 and -0.01 < found.low <= 0 <= found.high < 0.01
 
 
+def test_matches_in_several_blocks_count_several_times():
+    """A picture that lies in three blocks: the ends stay those of a share, three times as far out."""
+    hits = np.repeat([3, 0], [500, 500])
+    found = interval(hits, np.zeros(1000), blocks=4)
+    low, high = clopper_pearson(500, 1000)
+    assert found.value == 1.5 and found.high == pytest.approx(3 * high)
+    assert found.low == pytest.approx(1.5 - np.hypot(1.5 - 3 * low, 4 * clopper_pearson(0, 1000)[1]))
+
+
 def test_a_higher_level_is_wider():
     hits = np.repeat([1, 0], [40, 360])
     assert interval(hits, np.zeros(400), level=0.99).low < interval(hits, np.zeros(400)).low

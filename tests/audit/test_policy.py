@@ -181,7 +181,7 @@ def test_exit_statuses():
 def test_an_interval_wholly_above_fails():
     verdict = judged(attacks={"random": attack(), "side": attack(0.05, 0.08, 0.11, matches=90, distinct=60)})
     assert (verdict.verdict, verdict.exit_status) == ("fail", 3)
-    assert "side: 90 of 1,000" in verdict.sentence and "of 60 training images" in verdict.sentence
+    assert "side: 90 of 1,000" in verdict.sentence and "match 60 training images;" in verdict.sentence
     assert "above the policy's 3 %" in verdict.sentence
 
 
@@ -204,7 +204,7 @@ def test_one_training_image_behind_all_matches_is_to_be_looked_at():
     """Generic, or memorised: the held-out images cannot say. No silent pass."""
     verdict = judged(attacks={"random": attack(-0.2, 0.3, 0.7, matches=300, distinct=1)})
     assert verdict.verdict == "undecided"
-    assert "all 300 matches are of 1 training image. Look at the pairs" in verdict.sentence
+    assert "all 300 matches are of 1 training image. Look at them" in verdict.sentence
 
 
 def test_without_counts_of_distinct_images_ums_has_them():

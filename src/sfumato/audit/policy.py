@@ -259,9 +259,9 @@ def _judge_attacks(result: Figures, policy: Policy, found: _Findings) -> None:
         images, matches, value = figures["num_images"], figures["matches"], figures["excess"]
         distinct = figures.get("distinct", round(figures["ums"] * images))
         low, high = figures["ci"]
-        of_distinct = f", of {_count(distinct, 'training image')}" if matches else ""
+        matched = _count(distinct, "training image") if matches else "a training image"
         says = (
-            f"{name}: {matches:,} of {images:,} generated images match training images{of_distinct}; beyond chance "
+            f"{name}: {matches:,} of {images:,} generated images match {matched}; beyond chance "
             f"{_percent(value)} (interval {_percent(low)} to {_percent(high)})"
         )
         limit = _percent(policy.maximum_excess)
