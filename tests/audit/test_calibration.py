@@ -199,6 +199,25 @@ def test_holdout_passed_off_as_generated_raises_no_alarm():
     assert alarms <= 8
 
 
+@pytest.mark.parametrize(("leaves", "alarming"), [("both", False), ("holdout", True)])
+def test_pictures_in_both_sets_must_leave_both(leaves, alarming):
+    """Some pictures are commoner than others, and fresh images repeat them: no excess. If the common ones, which
+    are in both sets, left the held-out set only, they would look memorised."""
+    rng = np.random.default_rng(0)
+    popularity = np.arange(1, 5001) ** -0.5
+    alarms = 0
+    for seed in range(60):
+        train, holdout, fresh_images = rng.choice(5000, (3, 1000), p=popularity / popularity.sum())
+        shared = np.intersect1d(train, holdout)
+        pictures = np.setdiff1d(train, shared) if leaves == "both" else np.unique(train)
+        held_out = np.setdiff1d(holdout, shared)
+        blocks, held = reference_blocks(len(pictures), len(held_out), seed)
+        hits = sum(np.isin(fresh_images, pictures[block]).astype(int) for block in blocks)
+        matched = np.isin(fresh_images, held_out[held])
+        alarms += excess(hits, matched, fresh_images, blocks=len(blocks)).low > 0
+    assert alarms > 20 if alarming else alarms <= 5
+
+
 # The interval of the excess
 
 

@@ -113,7 +113,8 @@ def reference_blocks(num_train: int, num_holdout: int, seed: int) -> tuple[list[
     positions, all drawn at random (public randomness). Under "nothing was memorised" each block is
     exchangeable with the held-out set, so it is matched equally often; all B together use the whole training
     set but for fewer than B images. Positions may be those of duplicate groups instead of images: a group
-    must lie in one block, or a single copy counts several times.
+    must lie in one block, or a single copy counts several times. Pictures that are in both sets must have left
+    both of them: taken from the held-out set alone, common pictures are in training only and look memorised.
     """
     if num_train < 1 or num_holdout < 1:
         raise InputError(
