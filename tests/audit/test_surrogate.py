@@ -45,7 +45,7 @@ def test_loose_clusters_are_dropped_and_their_images_relabelled():
     assert np.array_equal(found.labels, cosines.argmax(1))
     assert found.sizes.sum() == len(both)
     assert adjusted_rand_score(truth, found.labels[: len(truth)]) == 1
-    with pytest.raises(NoUsableSurrogate, match="no usable surrogate condition"):
+    with pytest.raises(NoUsableSurrogate, match="coherent"):
         find_clusters(scattered, clusters=5, cohesion=0.9, seed=0)
 
 

@@ -69,7 +69,7 @@ def find_clusters(
     different = len({row.tobytes() for row in units.round(_DECIMALS) + 0.0})  # + 0.0: -0 is 0
     count = min(clusters, len(units) // FEWEST_PER_CLUSTER, different)
     if count < 2:
-        raise NoUsableSurrogate("no usable surrogate condition: the generated images are all alike")
+        raise NoUsableSurrogate("the generated images are all alike")
     members, centroids = _k_means(units, count, seed)
     centroids = unit_rows(centroids)
     found = np.bincount(members, minlength=count)
@@ -84,8 +84,8 @@ def find_clusters(
             return Surrogate(centroids[kept], labels, mean[kept], sizes, count, count - len(kept))
         kept = kept[sizes >= 2]
     raise NoUsableSurrogate(
-        f"no usable surrogate condition: {len(kept)} of {count} clusters of generated images "
-        f"{'is' if len(kept) == 1 else 'are'} coherent (mean cosine to the centroid {cohesion} or more)"
+        f"only {len(kept)} of {count} clusters of generated images are coherent, with a mean cosine to their centroid "
+        f"of {cohesion} or more"
     )
 
 
