@@ -15,8 +15,8 @@ _AS_IT_IS = ("identity", "format")
 # (fractions hide nothing) or an ending.
 _QUOTED_PATH = re.compile(r"(?<!\w)(['\"`])(?:(?!\1).)*?(?:[/\\]|\.[A-Za-z]\w{1,10})(?:(?!\1).)*\1(?!\w)")
 _PATH = re.compile(
-    r"(?<!\S)(?!\(?\d+/\d+\b(?!/))(?:\S+[/\\]\S*|[/\\]\S+)|\b[\w.-]+\.(?:zip|npz|parquet|gz|png|jpe?g|webp|tiff?|bmp|gif|pt|pth|onnx|json|ya?ml|"
-    r"safetensors|tar|h5|csv|idx)\b",
+    r"(?<!\S)(?!\(?\d+/\d+\b(?!/))(?:\S+[/\\]\S*|[/\\]\S+)|"
+    r"\b[\w.-]+\.(?:zip|npz|parquet|gz|png|jpe?g|webp|tiff?|bmp|gif|pt|pth|onnx|json|ya?ml|safetensors|tar|h5|csv|idx)\b",
     re.I,
 )
 
