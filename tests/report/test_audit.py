@@ -131,7 +131,7 @@ def fail_result():
             "images": None,
         },
         "train": {"description": "/data/ward-7/<b>scans</b>", "images": 1200, "groups": 1150, "duplicates": 50},
-        "holdout": {"description": "/data/ward-7/kept & aside.zip", "images": 988, "given": 1003, "removed_overlap": 12},
+        "holdout": {"description": "/data/w/kept & aside.zip", "images": 988, "given": 1003, "removed_overlap": 12},
         "extractor": {
             "name": "pixels",
             "identity": "cd34" * 16,
@@ -388,7 +388,8 @@ def test_every_figure_is_told_with_its_count_and_interval(gallery):
         "0.740", "0.718 to 0.762", "112 of 1,000 found, 10 of 1,000 false alarms", "23 of 1,000 found, 1 of 1,000",
         "blind baseline", "0.478 to 0.536", "A low bound is no evidence of privacy.",
         "187 of 192 guesses right, about 1,000 canaries", "it could not have gone above 5.78",
-        "at most 0.0412", "of 988 of them", "10 (1.0 %)", "0.49 to 1.9 %", "0.02 to 0.041", "12 removed", "of 1,003 given",
+        "at most 0.0412", "of 988 of them", "10 (1.0 %)", "0.49 to 1.9 %", "0.02 to 0.041", "12 removed",
+        "of 1,003 given",
         "1,150 once near-duplicates count as one", "the generator takes no prompts", "Crops, rotations and copies",
         "161.2 s", "221.2 s", "torch 2.13.0", "for their owner only", "maximum_excess", "0.05",
     ):  # fmt: skip
