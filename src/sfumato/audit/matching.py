@@ -6,7 +6,8 @@ No privacy guarantee: what matches private images is for their owner's eyes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ _COSTS = 4_000_000  # in one block: 16 MB
 _NUMBERS = 16_000_000  # features in one block: 64 MB
 _ENCODED = 256  # images encoded between two steps of the progress bar
 _MOST_ROWS = 512  # queries in one block
+_SLOW = 20_000_000_000  # products that take about a second: what takes less shows no progress
 _NEAR = 1e-2  # squared distances below this share of the squared lengths are computed again, from differences
 
 Rows = Callable[[Any], np.ndarray]  # features float32 [rows, D] of a slice or an array of rows
@@ -169,7 +171,8 @@ def _search(
     least = np.full((counts[0], k), np.inf, np.float32)
     index, spread = np.zeros((counts[0], k), np.int64), 0.0
     flat = counts[1] > FOR_FAISS and metric != "tiles"
-    with Progress("matching", counts[0], "images") as progress:
+    work = counts[0] * counts[1] * len(variants) * references(slice(0, 1)).shape[1]
+    with Progress("matching", counts[0], "images") if work > _SLOW else nullcontext() as progress:
         for block in _blocks(variants, references, counts, metric):
             found, where = _least_by_faiss(block, metric, k) if flat else _least(block.costs(), k)
             rows, spread = block.rows, max(spread, float(np.square(block.among).sum(axis=1).mean()))
@@ -177,7 +180,7 @@ def _search(
             where = np.concatenate([index[rows], where + block.columns.start], axis=1)
             kept = np.argsort(found, axis=1, kind="stable")[:, :k]
             least[rows], index[rows] = (np.take_along_axis(each, kept, axis=1) for each in (found, where))
-            if block.columns.stop == counts[1]:
+            if progress is not None and block.columns.stop == counts[1]:
                 progress.advance(rows.stop - rows.start)
     return _finished(variants, references, least, index, metric, _NEAR * spread)
 
@@ -221,18 +224,27 @@ class _Block:
         """[rows, columns]: minus the cosine, or the squared distance (of the worst tile, or in bits); the least
         over the variants. One matrix product each: (-2x, |x|², 1)·(y, 1, |y|²) = |x - y|²."""
         if self.metric == "cosine":
-            products = [torch.from_numpy(each) @ torch.from_numpy(self.among).T for each in self.queries]
-            return torch.stack(products).amax(0).neg() if len(products) > 1 else products[0].neg_()
+            right = torch.from_numpy(self.among).T
+            return _extreme((torch.from_numpy(each) @ right for each in self.queries), torch.maximum).neg_()
         parts = TILES if self.metric == "tiles" else 1
         y = _parted(self.among, parts)
         right = torch.cat([y, torch.ones_like(y[..., :1]), (y * y).sum(-1, keepdim=True)], -1).transpose(1, 2)
-        least = torch.full((len(self.queries[0]), len(self.among)), torch.inf)
-        for query in self.queries:
+
+        def squared(query: np.ndarray) -> Tensor:
             x = _parted(query, parts)
             left = torch.cat([-2 * x, (x * x).sum(-1, keepdim=True), torch.ones_like(x[..., :1])], -1)
-            squared = left[0] @ right[0] if parts == 1 else torch.bmm(left, right).amax(0)
-            torch.minimum(least, squared, out=least)
-        return least.clamp_(min=0)
+            return _extreme((left[part] @ right[part] for part in range(parts)), torch.maximum)
+
+        return _extreme((squared(query) for query in self.queries), torch.minimum).clamp_(min=0)
+
+
+def _extreme(matrices: Iterable[Tensor], of_two: Callable[..., Tensor]) -> Tensor:
+    """Elementwise maximum or minimum, in the place of the first."""
+    remaining = iter(matrices)
+    result = next(remaining)
+    for matrix in remaining:
+        of_two(result, matrix, out=result)
+    return result
 
 
 def _blocks(
@@ -241,7 +253,7 @@ def _blocks(
     """All queries by all references; `upper`: only the blocks that reach above the diagonal."""
     dimension = references(slice(0, 1)).shape[1]
     high = max(1, min(_MOST_ROWS, _NUMBERS // (len(variants) * dimension)))
-    wide = max(1, min(_COSTS // (high * (TILES if metric == "tiles" else 1)), _NUMBERS // dimension))
+    wide = max(1, min(_COSTS // high, _NUMBERS // dimension))
     shift = np.zeros(dimension, np.float32)
     if metric in ("euclidean", "tiles"):  # small numbers, small rounding
         shift = _read(references, slice(0, min(wide, counts[1])), "references").mean(axis=0)

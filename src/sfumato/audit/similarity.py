@@ -30,6 +30,7 @@ NOT_INFORMATIVE = 0.1  # bits of entropy; at most this: as good as blank
 _BIN = 16  # grey levels
 _HASH, _HASHED = 8, 32  # sides of the hash and of the image it is taken from
 _AT_ONCE = 1024
+_TAKEN = ("pixels", "tiles", "phash", "efficientnet-lite0", "copy")
 _DIRECTIONS: dict[Metric, str] = {
     "cosine": "cosine, higher is closer",
     "euclidean": "RMS pixel distance (0 to 1), lower is closer",
@@ -148,14 +149,17 @@ def open_extractor(spec: str) -> Extractor:
         return _fixed("phash", "hamming", FLIPS, _phash, "grey, 32 by 32 (Lanczos), lowest 8 by 8 of its DCT")
     if spec.endswith(".onnx"):
         name, given, place = spec.partition("=")
-        path = Path(place if given and not Path(spec).exists() else spec).expanduser()
-        return onnx_extractor(path, name if path != Path(spec).expanduser() and given else path.stem)
+        named = bool(given) and not Path(spec).exists()
+        path = Path(place if named else spec).expanduser()
+        return onnx_extractor(path, name if named else path.stem)
     encoder = open_encoder(spec)
-    if encoder.name == "pixels":
-        raise InputError(
-            f"'{printable(spec)}' cannot be compared by cosine; {NOTHING_AUDITED}; give pixels or tiles"
+    if encoder.name in _TAKEN and spec != encoder.name:
+        raise _unusable(
+            spec, f"cannot go by the name '{encoder.name}'", "give NAME=PATH with a name of its own"
         )
-    return _cosine(encoder.name, encoder.identity, "grey repeated to 3 channels, the encoder's own", encoder)
+    return _cosine(
+        encoder.name, encoder.identity, "grey repeated to 3 channels, then the encoder's own", encoder
+    )
 
 
 def onnx_extractor(path: Path, name: str) -> Extractor:
@@ -176,7 +180,7 @@ def onnx_extractor(path: Path, name: str) -> Extractor:
         ) from None
     if not path.is_file():
         raise _unusable(path, "does not exist", "give the path of an ONNX file")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name in _TAKEN:
         raise _unusable(
             path, f"cannot go by the name '{name}'", "give NAME=PATH with letters, digits, - and _"
         )
@@ -301,7 +305,7 @@ def _phash(images: np.ndarray) -> np.ndarray:
     return (low > np.median(low, axis=1, keepdims=True)).astype(np.float32)
 
 
-def _unusable(path: Path, problem: str, remedy: str) -> InputError:
+def _unusable(path: Path | str, problem: str, remedy: str) -> InputError:
     return InputError(printable(f"'{path}' {problem}; {NOTHING_AUDITED}; {remedy}"))
 
 
