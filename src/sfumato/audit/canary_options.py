@@ -34,8 +34,9 @@ class PlantOptions:
     """Folder to write, DIR: train/, sealed.json, sealed.npz. It may not exist yet, or has to be empty."""
 
     kind: Literal["own", "pattern"] = "own"
-    """own: images of PRIVATE drawn at random; each stays with probability 1/2. pattern: drawn patterns unlike
-    any image; each is added with probability 1/2, with a label drawn at random, and may show in releases."""
+    """own: images of PRIVATE drawn at random; each stays with probability 1/2. pattern: crafted blots unlike any
+    image, each added with probability 1/2 and a label drawn at random. Networks learn these by heart first,
+    so they are the sharper test; but images of the model may look like them."""
 
     delta: float = 1e-5
     """δ of the claim that the bound is compared with; it enters the cap that is printed."""

@@ -43,7 +43,7 @@ def ddpm_sigma(step: int) -> float:
     return math.sqrt(1 / float(np.prod(1 - betas)) - 1)
 
 
-LOSS_LEVELS = (0.2, 0.4, 0.8, 1.6)
+LOSS_LEVELS = (0.1, 0.2, 0.4, 0.8, 1.6)
 SECMI_STEPS = tuple(range(0, 111, 10))  # Duan et al.: t = 100, ten steps apart; one more for the error
 PIA_STEP = 200  # Kong et al., DDPM
 SIMA_STEP = 100
