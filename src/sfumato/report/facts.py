@@ -11,12 +11,10 @@ import numpy as np
 from sfumato.data.release import refuse_private
 
 # Options that name the owner's files, account or seeds, or say nothing about the result.
-OWNERS_OPTIONS = frozenset(
-    {
-        "private", "public", "ledger", "out", "config", "holdout", "seed", "dry_run", "skip_unreadable", "audit",
-        "audit_policy",
-    }  # fmt: skip
-)
+OWNERS_OPTIONS = frozenset({
+    "private", "public", "ledger", "out", "config", "holdout", "seed", "dry_run", "skip_unreadable", "audit",
+    "audit_policy",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
