@@ -57,7 +57,7 @@ def canary_scores(
         raise InputError("canaries need a model or generated images to be looked for in; nothing was audited")
     scores: dict[str, np.ndarray] = {}
     if generated is not None:
-        canaries = _fitted(sealed.images, generated.shape[1:])
+        canaries = fitted(sealed.images, generated.shape[1:])
         for spec in extractors:
             extractor = open_extractor(spec)
             found = best_matches(canaries, np.asarray(generated), extractor, directory=directory)
@@ -75,7 +75,7 @@ def canary_scores(
 
 def _asked(attack: Attack, model: Model, sealed: Sealed, seed: int) -> np.ndarray:
     """The attack's scores of the canaries at the model's size."""
-    images = _fitted(sealed.images, (*model.size, model.channels))
+    images = fitted(sealed.images, (*model.size, model.channels))
     return attack(model, images, _labels(model, sealed), seed=seed)
 
 
@@ -90,7 +90,7 @@ def _labels(model: Model, sealed: Sealed) -> np.ndarray | None:
     return positions[np.asarray(sealed.labels)]
 
 
-def _fitted(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def fitted(images: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The images as training at that size sees them: uint8 [m, *shape]."""
     pixels = np.asarray(images)
     if pixels.shape[1:] == shape:
