@@ -8,7 +8,9 @@ of SimCLR (Chen et al. 2020, arXiv 2002.05709, equation 1), as copy detection us
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,16 +105,16 @@ def train_copy_encoder(
         raise InputError(
             f"the training and held-out images are all one picture; {NOTHING_AUDITED}; give images that differ"
         )
-    about = {"format": CODE, "images": fingerprint(digests), "steps": str(steps), "seed": str(seed)}
+    about = {"format": CODE, "images": fingerprint(digests), "steps": steps, "seed": seed}
     network = _seeded(images.shape[3], seed)
     if saved.exists():
         _load(network, saved, about)
     else:
         _train(network, images, steps, seed)
-        saved.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         weights = {name: value.cpu().contiguous() for name, value in network.state_dict().items()}
         try:
-            write_whole(saved, save(weights, metadata=about))
+            saved.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(saved, save(weights, metadata={"sfumato": json.dumps(about)}))
         except OSError as error:
             raise InputError(
                 f"'{saved}' cannot be written ({error.strerror}); {NOTHING_AUDITED}; free space or choose another --out"
@@ -168,18 +170,17 @@ def _seeded(channels: int, seed: int) -> CopyNetwork:
         return CopyNetwork(channels).to(device()).eval()
 
 
-def _load(network: CopyNetwork, path: Path, about: dict[str, str]) -> None:
+def _load(network: CopyNetwork, path: Path, about: dict[str, Any]) -> None:
     try:
         with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
+            found = json.loads((file.metadata() or {}).get("sfumato", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if found == about:
             network.load_state_dict(weights)
             return
-        problem = (
-            "is a copy encoder of other images, steps or seed" if "steps" in found else "is something else"
-        )
-    except (SafetensorError, OSError, RuntimeError) as error:
+        ours = found.get("format") == CODE
+        problem = "was made from other images, or with other steps or seed" if ours else "is no copy encoder"
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         problem = f"cannot be read as a copy encoder ({type(error).__name__})"
     raise InputError(f"'{path}' {problem}; {NOTHING_AUDITED}; delete it or choose another --out")
 

@@ -19,7 +19,7 @@ from sfumato.data.duplicates import SAME_PIXELS, SAME_THUMBNAIL, _thumbnails
 from sfumato.progress import Progress
 
 SAME_TILE = 2 * SAME_PIXELS  # root mean square difference of the worst tile, of 255
-SAME_BITS = 10  # of the 64 of a perceptual hash
+SAME_BITS = 6  # of the 64 of a perceptual hash
 SHARE = 0.2  # of the distance of two random images: duplicates are nearer than this, whatever the metric
 _RANDOM_PAIRS, _AT_ONCE = 2000, 1024
 _FLIP = Variant(flip=True)
@@ -46,20 +46,21 @@ def duplicate_groups(
     """Groups of images uint8 [N, H, W, C] and [M, H, W, C] that are the same picture.
 
     Equal images, also after a horizontal flip, are in one group (by hash). So are two images that every extractor
-    calls the same, as they are or one of them flipped, and whatever such pairs connect. By default these are pixels
-    and phash: together they find re-encodings, small noise and small changes of brightness, not crops, turns or
-    shifts. Give an encoder for those.
+    calls the same, as they are or one of them flipped, and whatever such pairs connect. The default, pixels, finds
+    re-encodings, small noise and small changes of brightness, not crops, turns or shifts; give an encoder for those.
+    (phash beside pixels loses noisy copies of smooth pictures, whose weak frequencies are noise; phash alone takes
+    distinct digits for one.)
 
-    The same is: a root mean square difference of at most 8 of 255 (16 in the worst tile), 10 of 64 bits, and for
+    The same is: a root mean square difference of at most 8 of 255 (16 in the worst tile), 6 of 64 bits, and for
     distances (cosine too, as the distance of unit vectors) at most a fifth of the median distance of random pairs:
     what varies little is not one picture for that, and a threshold that is too loose would chain everything together.
-    Pairs are looked for among all; with pixels first, among those whose 8 by 8 block means agree (see
-    `data.duplicates`).
+    Pairs are looked for among all by the first extractor; by pixels or tiles among those whose 8 by 8 block means
+    agree within 4 of 255 (see `data.duplicates`).
 
     InputError for sets without images or of different height, width or channels.
     """
     check_image_sets(train=train, holdout=holdout)
-    extractors = extractors or (open_extractor("pixels"), open_extractor("phash"))
+    extractors = extractors or (open_extractor("pixels"),)
     both = _Both(train, holdout)
     groups = _equal(both)
     firsts = np.unique(groups, return_index=True)[1]
