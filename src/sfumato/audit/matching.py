@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sfumato.audit.similarity import NOTHING_AUDITED, TILES, Extractor, Metric
+from sfumato.encoders.encoder import device
 from sfumato.errors import InputError
 from sfumato.evaluation.features import cached_features
 from sfumato.progress import Progress
@@ -139,7 +140,7 @@ def pairs_within(
     """
     count = len(features)
     for block in _blocks([features.__getitem__], others.__getitem__, (count, count), "euclidean", upper=True):
-        left, right = np.nonzero(block.costs().numpy() <= distance**2)
+        left, right = np.nonzero(block.costs().cpu().numpy() <= distance**2)
         left, right = left + block.rows.start, right + block.columns.start
         ahead = left < right
         if ahead.any():
@@ -190,7 +191,7 @@ def _least(costs: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         found, where = costs.min(dim=1, keepdim=True)
     else:
         found, where = costs.topk(min(k, costs.shape[1]), largest=False)
-    return found.numpy(), where.numpy()
+    return found.cpu().numpy(), where.cpu().numpy()
 
 
 def _least_by_faiss(block: _Block, metric: Metric, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,8 +225,8 @@ class _Block:
         """[rows, columns]: minus the cosine, or the squared distance (of the worst tile, or in bits); the least
         over the variants. One matrix product each: (-2x, |x|², 1)·(y, 1, |y|²) = |x - y|²."""
         if self.metric == "cosine":
-            right = torch.from_numpy(self.among).T
-            return _extreme((torch.from_numpy(each) @ right for each in self.queries), torch.maximum).neg_()
+            right = _parted(self.among, 1)[0].T
+            return _extreme((_parted(each, 1)[0] @ right for each in self.queries), torch.maximum).neg_()
         parts = TILES if self.metric == "tiles" else 1
         y = _parted(self.among, parts)
         right = torch.cat([y, torch.ones_like(y[..., :1]), (y * y).sum(-1, keepdim=True)], -1).transpose(1, 2)
@@ -294,8 +295,8 @@ def _finished(
 
 
 def _parted(features: np.ndarray, parts: int) -> Tensor:
-    """[parts, rows, D / parts]"""
-    return torch.from_numpy(features).unflatten(1, (parts, -1)).transpose(0, 1)
+    """[parts, rows, D / parts], where networks run."""
+    return torch.from_numpy(features).to(device()).unflatten(1, (parts, -1)).transpose(0, 1)
 
 
 def _read(rows: Rows, which: slice, name: str) -> np.ndarray:
