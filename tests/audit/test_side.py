@@ -193,7 +193,7 @@ def test_the_same_call_resumes_and_another_does_not(attacked, model):
 
 def test_random_arm_is_the_attack_s(attacked, model):
     _, folder, result = attacked
-    assert np.array_equal(random_arm(model, 12, 3, folder), result.arms["random"].images)
+    assert np.array_equal(random_arm(model, 12, 3, folder).images, result.arms["random"].images)
 
 
 def test_guided_images_are_of_their_cluster(model, tmp_path):
@@ -303,3 +303,52 @@ def test_images_that_cannot_be_the_model_s_are_refused(model, tmp_path):
             )
     with pytest.raises(ValueError, match="finite"):
         attack(model, tmp_path, score=lambda images: float("nan"))
+
+
+@pytest.mark.slow
+def test_of_an_overfitted_model_side_finds_at_least_what_random_sampling_finds(tmp_path):
+    """64 digits at 8 pixels, 1,000 steps: copies are found, and guided images are closer to them than unguided ones."""
+    from PIL import Image
+
+    from sfumato.data.digits import load_digits
+
+    def small(images):
+        shrunk = [Image.fromarray(image[..., 0]).resize((8, 8), Image.Resampling.BOX) for image in images]
+        return np.stack([np.asarray(image) for image in shrunk])[..., None]
+
+    def distances(images, others):
+        difference = images[:, None].astype(np.float32) - others[None].astype(np.float32)
+        return np.sqrt(np.square(difference / 255).mean((2, 3, 4))).min(1)
+
+    draw = np.random.default_rng(0)
+    training = small(load_digits()[0][draw.permutation(4000)[:64]])
+    held_out = small(load_digits(holdout=True)[0][draw.permutation(1000)[:960]])
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False,
+        norm_num_groups=8, num_class_embeds=2,
+    )  # fmt: skip
+    plan = TrainingPlan(steps=1000, batch=64, lr=4e-3, label_dropout=0.0, ema_decay=0.98)
+    train(net, training, np.zeros(64, np.int64), plan, edm=EDM(), no_label=1, seed=0)
+    net.requires_grad_(False)
+    overfitted = GeneratorModel(Generator(net, ("all",), sampler=Sampler(steps=12)))
+    threshold = np.quantile(distances(held_out, training), 0.01)
+
+    def excess(images):
+        return float(
+            np.mean([distances(images, block).mean() for block in np.split(held_out, 15)])
+            - distances(images, training).mean()
+        )
+
+    own, labels = overfitted.sample(1000, seed=100)
+    result = side_attack(
+        overfitted, own, labels, Features(), num_images=300, score_pilot=excess,
+        settings=SideSettings(clusters=(20, 60)), folder=tmp_path,
+    )  # fmt: skip
+    copies = {
+        name: (distances(arm.images, training) <= threshold).mean() for name, arm in result.arms.items()
+    }
+    assert copies["random"] > 0.1 and copies["side"] > 0.1  # of held-out images it is 0.01
+    assert excess(result.arms["side"].images) >= excess(result.arms["random"].images)
+    assert excess(result.arms["random"].images) > 0.05

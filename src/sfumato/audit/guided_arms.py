@@ -28,7 +28,7 @@ Draw = Callable[[np.ndarray, np.ndarray | None, float, int, str], np.ndarray]
 
 @dataclass(frozen=True)
 class SideSettings:
-    """How hard SIDE tries. The defaults take about two minutes on two cores for a small network at 16 x 16 pixels.
+    """How hard SIDE tries. The defaults are for a few minutes on two cores, a small network and 16 x 16 pixels.
 
     synthetic_images: how many images of the target the caller draws for the surrogate. clusters, scales: the grid
     of K and lambda that the pilot chooses from. cohesion: least mean cosine of a cluster. pilot: images per point of
@@ -44,7 +44,7 @@ class SideSettings:
     scales: tuple[float, ...] = (1.5, 3.0, 6.0)
     pilot: int = 100
     branch: Literal["classifier", "lora"] = "classifier"
-    steps: int = 600
+    steps: int = 400
     batch: int = 128
     lr: float = 2e-3
     rank: int = 8

@@ -164,14 +164,21 @@ def side_attack(
     arms = {
         "side": arm("side", draws[count], surrogate.labels),
         "side-shuffled": arm("side-shuffled", draws_shuffled, shuffled),
-        "random": Arm(*_random(model, num_images, seed, folder)),
+        "random": random_arm(model, num_images, seed, folder),
     }
     return SideResult(arms, count, scale, tuple(pilot), surrogate, unusable, provenance)
 
 
-def random_arm(model: Model, num_images: int, seed: int, folder: Path) -> np.ndarray:
-    """Unguided images (uint8 [N, H, W, C]): the very "random" arm of `side_attack` with this seed and folder."""
-    return _random(model, num_images, seed, folder)[0]
+def random_arm(model: Model, num_images: int, seed: int, folder: Path) -> Arm:
+    """Unguided images: the very "random" arm of `side_attack` with this seed and folder."""
+
+    def drawn() -> dict[str, np.ndarray]:
+        images, labels = model.sample(num_images, seed=seed_for(seed, "random"), description="random")
+        return {"images": images} if labels is None else {"images": images, "labels": labels}
+
+    place = kept_under(folder, "random", [identity_of(model), str(seed)])
+    found = saved_arrays(place / f"random-{num_images}.npz", drawn)
+    return Arm(found["images"], None, found.get("labels"))
 
 
 def classifier_conditioned(
@@ -246,20 +253,6 @@ def classifier_conditioned(
         lambda: {"images": draw(conditions, its_labels, scale, seed_for(seed, "conditioned"), "conditioned")},
     )["images"]
     return ConditionedResult(Arm(images, present[conditions], its_labels), scale, tuple(pilot))
-
-
-def _random(
-    model: Model, num_images: int, seed: int, folder: Path
-) -> tuple[np.ndarray, None, np.ndarray | None]:
-    """Images, no conditions, and the labels that the model drew them under."""
-
-    def drawn() -> dict[str, np.ndarray]:
-        images, labels = model.sample(num_images, seed=seed_for(seed, "random"), description="random")
-        return {"images": images} if labels is None else {"images": images, "labels": labels}
-
-    place = kept_under(folder, "random", [identity_of(model), str(seed)])
-    found = saved_arrays(place / f"random-{num_images}.npz", drawn)
-    return found["images"], None, found.get("labels")
 
 
 def _surrogates(
