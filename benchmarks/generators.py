@@ -25,11 +25,11 @@ from sfumato.synthesis import privimage
 from sfumato.synthesis.presets import PRESETS
 
 NETWORK, SAMPLER = "tiny", Sampler(steps=12)
-PLAIN = TrainingPlan(steps=2500, batch=64, lr=4e-3, label_dropout=0.0, ema_decay=0.995, autocast=True)
-BY_HEART = TrainingPlan(steps=15_000, batch=256, lr=2e-3, label_dropout=0.0, ema_decay=0.995, autocast=True)
+PLAIN = TrainingPlan(steps=1800, batch=64, lr=4e-3, label_dropout=0.0, ema_decay=0.995, autocast=True)
+BY_HEART = TrainingPlan(steps=10_000, batch=256, lr=2e-3, label_dropout=0.0, ema_decay=0.995, autocast=True)
 WIDTH, BLOCKS = 512, 3
 DP = Budget(10.0, 1e-5)
-DP_SETTINGS = {"sampling_probability": 0.05, "enough_steps": 250, "noise_levels": 2}
+DP_SETTINGS = {"sampling_probability": 0.05, "enough_steps": 200, "noise_levels": 2}
 
 
 def learnt(images: np.ndarray, seed: int, folder: Path) -> Generator:
