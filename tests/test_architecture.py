@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.cli.main import VERBS
+
 PACKAGE = Path(__file__).parents[1] / "src" / "sfumato"
 
 # Which rooms a room may import from; every room may also import the three modules of EVERYBODY.
@@ -183,7 +185,7 @@ HEAVY = (
         "from sfumato.cli.main import main; main(['synthesise'])",
         *(
             f"from sfumato.cli.main import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass"
-            for verb in ("synthesize", "generate", "evaluate", "select", "plan", "ledger", "checks")
+            for verb in VERBS
         ),
     ],
 )

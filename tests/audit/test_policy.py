@@ -347,3 +347,10 @@ def test_claims_without_canaries_and_canaries_without_claims():
 
 def test_nothing_but_a_dictionary_is_undecided():
     assert judge({}, Policy()).verdict == "undecided"
+
+
+def test_a_generator_of_blank_images_does_not_pass():
+    figures = clean()
+    figures["attacks"]["random"]["filtered"] = figures["attacks"]["random"]["num_images"]
+    verdict = judge(figures, Policy())
+    assert verdict.verdict == "undecided" and "blank" in verdict.sentence

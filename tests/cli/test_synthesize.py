@@ -32,13 +32,13 @@ def test_the_demo_command_line():
 def test_every_option_from_the_command_line():
     line = """x --epsilon 1 --public p --delta 1e-6 --method dpdm --preset demo --size 32 --channels 3
         --unit group --public-size 500 --num-images 9 --time-budget 2h --guidance 1.5 --warm-up 2 --robust 0.2 --ledger sqlite:///l.db
-        --out o --holdout h --seed 3 --skip-unreadable --dry-run"""
+        --out o --holdout h --audit --audit-policy y --seed 3 --skip-unreadable --dry-run"""
     options = resolve(line.split())
     assert asdict(options) == {
         "private": "x", "epsilon": 1.0, "public": "p", "delta": 1e-6, "method": "dpdm", "preset": "demo",
         "size": 32, "channels": 3, "unit": "group", "public_size": 500, "num_images": 9, "time_budget": "2h",
         "guidance": 1.5, "warm_up": 2, "robust": 0.2, "ledger": "sqlite:///l.db", "out": "o", "holdout": "h", "seed": 3,
-        "skip_unreadable": True, "dry_run": True, "config": None,
+        "audit": True, "audit_policy": "y", "skip_unreadable": True, "dry_run": True, "config": None,
     }  # fmt: skip
 
 

@@ -8,26 +8,33 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sfumato.audit.calibration import Threshold
+from sfumato.audit.calibration import Threshold, calibrate
 from sfumato.audit.evidence import Found, References, figures
+from sfumato.audit.extraction import cliques, tile_distances
+from sfumato.audit.guided_arms import seed_for
+from sfumato.audit.matching import best_matches
 from sfumato.audit.options import AuditOptions
+from sfumato.audit.policy import attack_level
 from sfumato.audit.sets import Sets
 from sfumato.audit.side import SideSettings, classifier_conditioned, random_arm, side_attack
+from sfumato.audit.similarity import open_extractor
 from sfumato.audit.surrogate import NoUsableSurrogate
 from sfumato.audit.target import Model, Target
 from sfumato.data.images import PublicImages
 from sfumato.encoders.encoder import open_encoder
+from sfumato.errors import InputError
 from sfumato.evaluation.image_sets import label_positions
 from sfumato.report.audit import Pair
 
 SYNTHETIC = 4_000  # generated images that the surrogate is made from, at most
 RELEASED = 20_000  # images of a release that are looked through, at most
+OF_A_LABEL = 500  # images of one label that are searched for cliques (Carlini et al. 2023, section 4.2)
 PAIRS = 24  # of each kind in the gallery
 NO_MODEL = "it needs the model, and only its images were given"
 SAYS = {
@@ -38,16 +45,20 @@ SAYS = {
     "conditioned": "the older attack: images drawn towards the training images' own labels",
     "carlini": "unguided images by Carlini's ratio: nearer than the neighbour's own neighbours",
     "gu": "unguided images by Gu's ratio: the nearest far nearer than the second nearest",
+    "cliques": "unguided images that a label gives again and again, one for each group of ten or more",
 }
+OF_UNGUIDED = ("carlini", "gu", "cliques")  # these look at the images of another attack again
 
 
 @dataclass
 class Extractions:
-    """attacks: entries of audit.json by name. images: by attack, uint8 [N, H, W, C]. side: what SIDE chose, or why
+    """attacks: entries of audit.json by name. images: by attack, uint8 [N, H, W, C]. labels: the model's own, of the
+    unguided images, or None. side: what SIDE chose, or why
     it was skipped. gallery: the closest pairs with training and with held-out images."""
 
     attacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     images: dict[str, np.ndarray] = field(default_factory=dict)
+    labels: np.ndarray | None = None
     side: dict[str, Any] | None = None
     skipped: list[dict[str, str]] = field(default_factory=list)
     gallery: dict[str, list[Pair]] = field(default_factory=lambda: {"train": [], "holdout": []})
@@ -72,27 +83,75 @@ def extract(
     done = Extractions()
     if generated is not None:
         with timed("reading"):
-            done.images["released"] = _some(np.asarray(generated.images), RELEASED, options.seed)
-    if target.model is not None:
+            rows = _rows(len(generated), RELEASED, options.seed)
+            done.images["released"] = np.asarray(generated.images)[rows]
+            if generated.label_names is not None:
+                done.labels = np.asarray(generated.labels)[rows]
+    if target.model is None:
+        for attack in ("side", "conditioned"):
+            if "side" in options.chosen:
+                done.skipped.append({"attack": attack, "why": NO_MODEL})
+        done.side = {"skipped": NO_MODEL} if "side" in options.chosen else None
+    else:
         _draw(done, options, target, target.model, generated, sets, references, folder, timed)
     unguided = done.images.get("random", done.images.get("released"))
-    ratios = "carlini" in options.chosen and unguided is not None
-    level = 1 - 0.05 / max(
-        1, len(done.images) + 2 * ratios
-    )  # any interval misses with probability 0.05 at most
+    again = OF_UNGUIDED if "carlini" in options.chosen and unguided is not None else ()
+    if again and done.labels is None:
+        done.skipped.append(
+            {"attack": "cliques", "why": "it looks at images of one label, and there are no labels"}
+        )
+        again = again[:2]
+    level = attack_level(len(done.images) + len(again))
     found: dict[str, Found] = {}
     with timed("matching"):
         for name, images in done.images.items():
             found[name] = references.search(images, references.matches)
             done.attacks[name] = figures(found[name], threshold, level=level) | {"says": SAYS[name]}
-        if ratios:
+        for name in again:
             assert unguided is not None
-            for name, score in (("carlini", references.carlini), ("gu", references.gu)):
-                own = references.threshold(score, rate)
-                closest = references.search(unguided, score)
-                done.attacks[name] = figures(closest, own, level=level) | {"says": SAYS[name]}
+            if name == "cliques":
+                done.attacks |= _cliques(done, unguided, found, references, threshold, rate, level)
+                continue
+            score = references.carlini if name == "carlini" else references.gu
+            closest = references.search(unguided, score)
+            done.attacks[name] = figures(closest, references.threshold(score, rate), level=level) | {
+                "says": SAYS[name]
+            }
     done.gallery = _gallery(done.images, found, references, threshold.value)
     return done
+
+
+def _cliques(
+    done: Extractions,
+    unguided: np.ndarray,
+    found: dict[str, Found],
+    references: References,
+    threshold: Threshold,
+    rate: float,
+    level: float,
+) -> dict[str, dict[str, Any]]:
+    """The entry of Carlini's conditional attack: of each clique of one label its first image, all others no match."""
+    assert done.labels is not None
+    tiles = open_extractor("tiles")
+    near = calibrate(
+        best_matches(references.holdout, references.train, tiles).similarity[:, 0], rate=rate
+    ).value
+    first = np.zeros(len(unguided), bool)
+    sizes = []
+    try:
+        for label in np.unique(done.labels):
+            rows = np.flatnonzero(done.labels == label)[:OF_A_LABEL]
+            groups = cliques(tile_distances(tiles(unguided[rows])), -near)
+            first[rows[[group[0] for group in groups]]] = True
+            sizes += [len(group) for group in groups]
+    except InputError as problem:
+        done.skipped.append({"attack": "cliques", "why": str(problem)})
+        return {}
+    of = found["random" if "random" in found else "released"]
+    of = replace(of, informative=of.informative & first)
+    blank = int((~found["random" if "random" in found else "released"].informative).sum())
+    says = f"{SAYS['cliques']}: {len(sizes)} such groups, {sum(sizes):,} images in them"
+    return {"cliques": figures(of, threshold, level=level) | {"filtered": blank, "says": says}}
 
 
 def _draw(
@@ -111,12 +170,11 @@ def _draw(
         "num_images": options.num_images, "score_pilot": references.closeness, "seed": options.seed, "folder": folder,
     }  # fmt: skip
     if "side" not in options.chosen:
-        with timed("random"):
-            done.images["random"] = random_arm(model, options.num_images, options.seed, folder)
+        _unguided(done, options, model, folder, timed)
         return
     settings = SideSettings()
     with timed("surrogate"):
-        images, labels = _synthetic(model, generated, settings, options.seed)
+        images, labels = _synthetic(model, generated, settings, options.seed, folder)
     try:
         with timed("side"):
             side = side_attack(
@@ -124,6 +182,7 @@ def _draw(
             )
         for name in ("random", "side", "side-shuffled"):
             done.images[name] = side.arms[name].images
+        done.labels = side.arms["random"].labels
         done.side = {
             "clusters": side.clusters,
             "kept": len(side.surrogate),
@@ -136,36 +195,45 @@ def _draw(
     except NoUsableSurrogate as problem:
         done.side = {"skipped": f"no usable surrogate condition: {problem}"}
         done.skipped.append({"attack": "side", "why": f"no usable surrogate condition: {problem}"})
-        with timed("random"):
-            done.images["random"] = random_arm(model, options.num_images, options.seed, folder)
+        _unguided(done, options, model, folder, timed)
     own = sets.train_labels if (model.num_labels or 0) > 1 else sets.own_labels
     if own is None or len(np.unique(own[own >= 0])) < 2:
         why = "it needs training images of two labels or more, labelled as the model is"
         done.skipped.append({"attack": "conditioned", "why": why})
         return
     with timed("conditioned"):
-        done.images["conditioned"] = classifier_conditioned(model, sets.train, own, **common).arm.images
+        done.images["conditioned"] = classifier_conditioned(
+            model, sets.train, own, settings=settings, **common
+        ).arm.images
+
+
+def _unguided(
+    done: Extractions,
+    options: AuditOptions,
+    model: Model,
+    folder: Path,
+    timed: Callable[[str], AbstractContextManager[None]],
+) -> None:
+    with timed("random"):
+        arm = random_arm(model, options.num_images, options.seed, folder)
+    done.images["random"], done.labels = arm.images, arm.labels
 
 
 def _synthetic(
-    model: Model, generated: PublicImages | None, settings: SideSettings, seed: int
+    model: Model, generated: PublicImages | None, settings: SideSettings, seed: int, folder: Path
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Unguided images of the model for the surrogate, and its own labels of them: those that came with it, if any."""
     if generated is not None and len(generated) >= settings.synthetic_images:
         names, known = model.label_names, generated.label_names
         if names is None or len(names) < 2:
-            return _some(np.asarray(generated.images), SYNTHETIC, seed), (
-                None if names is None else np.zeros(min(len(generated), SYNTHETIC), np.int64)
-            )
+            labels = None if names is None else np.zeros(min(len(generated), SYNTHETIC), np.int64)
+            return np.asarray(generated.images)[_rows(len(generated), SYNTHETIC, seed)], labels
         if known is not None and (generated.labels >= 0).all():
             labels = label_positions(known, names, "the target's images")[generated.labels]
             rows = _rows(len(generated), SYNTHETIC, seed)
             return np.asarray(generated.images)[rows], labels[rows]
-    return model.sample(settings.synthetic_images, seed=seed + 1, description="images for the surrogate")
-
-
-def _some(images: np.ndarray, most: int, seed: int) -> np.ndarray:
-    return images[_rows(len(images), most, seed)]
+    arm = random_arm(model, settings.synthetic_images, seed_for(seed, "images for the surrogate"), folder)
+    return arm.images, arm.labels
 
 
 def _rows(count: int, most: int, seed: int) -> np.ndarray:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from sfumato.audit.similarity import TILES
 from sfumato.errors import InputError
+from sfumato.evaluation.neighbours import squared_distances
 
 CARLINI_NEIGHBOURS = 50
 GU_RATIO = 1 / 3
@@ -66,6 +68,14 @@ def gu_ratio(nearest: np.ndarray, second: np.ndarray) -> np.ndarray:
     if nearest.shape != second.shape or (nearest > second).any():
         raise InputError("the second nearest image is nearer than the nearest; nothing was audited")
     return _negated_ratio(nearest, second.astype(np.float64))
+
+
+def tile_distances(features: np.ndarray) -> np.ndarray:
+    """Distances [n, n] of the extractor "tiles" (similarity.py) between all its features float32 [n, D]."""
+    parts = features.reshape(len(features), TILES, -1).astype(np.float64)
+    worst = np.max([squared_distances(parts[:, tile], parts[:, tile]) for tile in range(TILES)], axis=0)
+    np.fill_diagonal(worst, 0)
+    return np.sqrt(np.maximum(worst, worst.T))
 
 
 def cliques(distances: np.ndarray, threshold: float, *, least: int = 10) -> list[np.ndarray]:

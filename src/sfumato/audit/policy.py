@@ -26,6 +26,7 @@ BYSTANDERS = ("conditioned",)
 copies may be the classifier's and not the generator's."""
 EXIT_STATUS = {"pass": 0, "fail": 3, "undecided": 4}
 REPEATED = 3  # matches per training image from which on it is said that few images account for them
+MOST_BLANK = 0.5  # of the generated images; of a generator with more of them nothing can be said
 Figures = Mapping[str, Any]
 
 
@@ -265,8 +266,13 @@ def _judge_attacks(result: Figures, policy: Policy, found: _Findings) -> None:
             f"{_percent(value)} (interval {_percent(low)} to {_percent(high)})"
         )
         limit = _percent(policy.maximum_excess)
+        blank = figures.get("filtered") or 0
         if low > policy.maximum_excess:
             found.against.append(f"{says}, above the policy's {limit}.")
+        elif blank > MOST_BLANK * images:
+            found.undecided.append(
+                f"{name}: {blank:,} of {images:,} generated images are blank or nearly so, and say nothing."
+            )
         elif high <= policy.maximum_excess:
             found.within.append(f"{says}, within the policy's {limit}.")
         else:
@@ -311,12 +317,17 @@ def _judge_membership(result: Figures, policy: Policy, found: _Findings) -> None
             )
 
 
+def _down(bound: float) -> str:
+    """A lower bound with two digits, never more than it is."""
+    return f"{math.floor(100 * bound) / 100:.2f}"
+
+
 def _judge_epsilon(result: Figures, policy: Policy, found: _Findings) -> None:
     bound, claim = result.get("epsilon_lower_bound"), result.get("epsilon_claimed")
     if not claim or claim.get("epsilon") is None:
         if bound:
             found.remarks.append(
-                f"the canaries bound epsilon from below by {bound['epsilon']:.2f} at delta {bound['delta']:g}; no "
+                f"the canaries bound epsilon from below by {_down(bound['epsilon'])} at delta {bound['delta']:g}; no "
                 "epsilon is claimed to compare it with."
             )
         return
@@ -325,7 +336,7 @@ def _judge_epsilon(result: Figures, policy: Policy, found: _Findings) -> None:
         found.remarks.append(f"the claimed epsilon of {claimed:g} was not tested: there were no canaries.")
         return
     says = (
-        f"the canaries bound epsilon from below by {bound['epsilon']:.2f} at delta {bound['delta']:g} "
+        f"the canaries bound epsilon from below by {_down(bound['epsilon'])} at delta {bound['delta']:g} "
         f"({bound['correct']:,} of {bound['guesses']:,} guesses right, {bound['canaries']:,} canaries)"
     )
     if bound["delta"] < delta * (1 - 1e-9) or claim.get("relation") == "replace_one":

@@ -6,6 +6,7 @@ An audit looks at private images without a guarantee. All it finds goes to `inte
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,19 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.audit.attacks import NO_MODEL, Extractions, extract
+from sfumato.audit.attacks import NO_MODEL, OF_UNGUIDED, Extractions, extract
 from sfumato.audit.blind import blind_baseline
 from sfumato.audit.calibration import TooFewHeldOut
-from sfumato.audit.canaries import Sealed, canary_scores, check_training, open_sealed
+from sfumato.audit.canaries import Sealed, check_training, open_sealed
+from sfumato.audit.canary_scoring import canary_scores
 from sfumato.audit.copy_encoder import train_copy_encoder
 from sfumato.audit.epsilon_bound import best_bound
 from sfumato.audit.evidence import References
+from sfumato.audit.guided_arms import saved_arrays
 from sfumato.audit.membership import loss_scores, membership, pia_scores, secmi_scores, sima_scores
 from sfumato.audit.options import AuditOptions
 from sfumato.audit.policy import exit_status, judge, read_policy
 from sfumato.audit.provenance import content_of, identity_of
 from sfumato.audit.sets import Sets, generated_images, open_sets
-from sfumato.audit.side import saved
 from sfumato.audit.similarity import Extractor, open_extractor
 from sfumato.audit.target import Target, open_target
 from sfumato.data.images import OwnerOnly
@@ -176,7 +178,7 @@ def _membership(
     parts += [b"" if labels is None else labels.tobytes() for _, labels in sides]
     for name, attack in MEMBERSHIP.items():
         model = target.model
-        kept = saved(
+        kept = saved_arrays(
             work / f"membership-{name}-{fingerprint(parts)[:16]}.npz",
             lambda attack=attack, model=model: {
                 side: attack(model, images, labels, seed=options.seed)
@@ -205,10 +207,16 @@ def _bound(
     best = max(bounds, key=lambda name: bounds[name].epsilon)
     of = bounds[best]
     return {
-        "epsilon": of.epsilon, "score": best, "correct": of.correct, "guesses": of.guesses, "canaries": of.canaries,
-        "cap": of.cap, "level": 0.95, "delta": delta,
+        "epsilon": _down(of.epsilon), "score": best, "correct": of.correct, "guesses": of.guesses,
+        "canaries": of.canaries,
+        "cap": _down(of.cap), "level": 0.95, "delta": delta,
         "scores": {name: bound.epsilon for name, bound in bounds.items()},
     }  # fmt: skip
+
+
+def _down(bound: float) -> float:
+    """Four digits, never more than it was."""
+    return math.floor(bound * 1e4) / 1e4
 
 
 def _about(extractor: Extractor) -> dict[str, str]:
@@ -216,7 +224,7 @@ def _about(extractor: Extractor) -> dict[str, str]:
 
 
 def _searched(options: AuditOptions, result: dict[str, Any]) -> str:
-    images = sum(of["num_images"] for name, of in result["attacks"].items() if name not in ("carlini", "gu"))
+    images = sum(of["num_images"] for name, of in result["attacks"].items() if name not in OF_UNGUIDED)
     return (
         f"{images:,} generated images were compared with {result['train']['groups']:,} different training images in "
         f"{result['extractor']['name']}, with flips"

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.audit.canaries import Sealed, fitted
+from sfumato.audit.canaries import Sealed
+from sfumato.audit.canary_scoring import fitted
 from sfumato.audit.duplicates import duplicate_groups
 from sfumato.audit.options import AuditOptions
 from sfumato.audit.target import Target

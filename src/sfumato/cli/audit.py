@@ -50,7 +50,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"claimed ε: {claimed['epsilon']:g} (δ = {claimed['delta']:g})")
     if bound is not None:
         lines.append(
-            f"ε is at least {bound['epsilon']:.2f}, by {bound['canaries']:,} canaries that can show {bound['cap']:.2f} "
+            f"ε is at least {bound['epsilon']:g}, by {bound['canaries']:,} canaries that can show {bound['cap']:g} "
             "at most; a low bound is no evidence of privacy"
         )
     lines += [f"skipped: {each['attack']}: {each['why']}" for each in result["skipped"]]
