@@ -235,3 +235,14 @@ def test_more_than_the_ledger_has_is_refused(made, tmp_path):
 def test_before_fitting_there_is_nothing_to_draw(tmp_path):
     with pytest.raises(InputError, match="has not been fitted"):
         model(tmp_path).generate(3)
+
+
+def test_votes_whose_answers_were_lost_are_said(made, tmp_path, monkeypatch):
+    private, public, _ = made
+    preset = replace(TINY, votes=3, population=8, votes_encoder="pixels")
+    whole = privimage.evolve
+    monkeypatch.setattr(
+        privimage, "evolve", lambda *given, **more: replace(whole(*given, **more), iterations_applied=2)
+    )
+    fitted = model(tmp_path, method="pe", preset=preset).fit(private, public)
+    assert any(warning.startswith("1 of 3 votes") for warning in fitted.warnings)

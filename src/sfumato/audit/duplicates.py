@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 
 from sfumato.audit.matching import check_image_sets, pair_similarity, pairs_within
 from sfumato.audit.similarity import Extractor, Variant, open_extractor
-from sfumato.data.duplicates import SAME_PIXELS, SAME_THUMBNAIL, _thumbnails
+from sfumato.data.duplicates import SAME_PIXELS, SAME_THUMBNAIL, thumbnails
 from sfumato.progress import Progress
 
 SAME_TILE = 2 * SAME_PIXELS  # root mean square difference of the worst tile, of 255
@@ -144,8 +144,8 @@ def _candidates(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of positions in `firsts` that may be the same when the second one is changed."""
     if extractor.metric in ("euclidean", "tiles"):
-        plain = np.concatenate([_thumbnails(images) for images in both.blocks(firsts)])
-        changed = np.concatenate([_thumbnails(change(images)) for images in both.blocks(firsts)])
+        plain = np.concatenate([thumbnails(images) for images in both.blocks(firsts)])
+        changed = np.concatenate([thumbnails(change(images)) for images in both.blocks(firsts)])
         return pairs_within(plain, changed, SAME_THUMBNAIL * np.sqrt(plain.shape[1]))
     plain = np.concatenate([np.asarray(extractor(images)) for images in both.blocks(firsts)])
     changed = np.concatenate([np.asarray(extractor(change(images))) for images in both.blocks(firsts)])

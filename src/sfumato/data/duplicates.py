@@ -27,11 +27,11 @@ def near_duplicates(own: PublicImages, public: PublicImages) -> OwnerOnly[np.nda
             "images of different sizes cannot be compared; no budget was spent. Open both at one size"
         )
     found = np.full(len(own), -1)
-    theirs = _thumbnails(public.images)
+    theirs = thumbnails(public.images)
     squared = (theirs**2).sum(axis=1)
     for start in range(0, len(own), _AT_ONCE):
         images = np.asarray(own.images[start : start + _AT_ONCE])
-        mine = _thumbnails(images)
+        mine = thumbnails(images)
         best = np.full(len(mine), np.inf)
         nearest = np.zeros(len(mine), dtype=np.int64)
         for first in range(0, len(theirs), _AT_ONCE):
@@ -49,7 +49,7 @@ def near_duplicates(own: PublicImages, public: PublicImages) -> OwnerOnly[np.nda
     return OwnerOnly(found)
 
 
-def _thumbnails(images: np.ndarray) -> np.ndarray:
+def thumbnails(images: np.ndarray) -> np.ndarray:
     """Block means of uint8 [N, H, W, C], centred: float32 [N, at most 8 * 8 * C]."""
     parts = []
     for start in range(0, len(images), _AT_ONCE):

@@ -365,6 +365,11 @@ class PrivImage:
             num_images=self.num_images or self.plan.preset.num_images or self.plan.units,
         )  # fmt: skip
         self.warnings.append(MODEL_OF_PE)
+        if (lost := self.population.iterations_begun - self.population.iterations_applied) > 0:
+            self.warnings.append(
+                f"{lost} of {self.population.iterations_begun} votes were charged and their answers lost in a crash: "
+                "the images were improved that often less."
+            )
         self._stage("Private Evolution", started, f"{self.plan.preset.votes} votes of each unit")
 
     def _generator(self, private: ProtectedImages, network: Any = None) -> Generator:
