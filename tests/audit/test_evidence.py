@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sfumato.audit.calibration import TooFewHeldOut
+from sfumato.audit.calibration import TooClose, TooFewHeldOut
 from sfumato.audit.evidence import References, figures
 from sfumato.audit.similarity import open_extractor
 
@@ -23,7 +23,9 @@ def noisy(images: np.ndarray, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def references(tmp_path) -> References:
-    return References(pictures(600, 1), pictures(200, 2), open_extractor("pixels"), seed=0, directory=tmp_path)
+    return References(
+        pictures(600, 1), pictures(200, 2), open_extractor("pixels"), seed=0, directory=tmp_path
+    )
 
 
 def measured(references: References, images: np.ndarray, score: str = "matches", level: float = 0.95):
@@ -35,7 +37,9 @@ def test_a_memoriser_is_found_out(references):
     of = measured(references, noisy(references.train, 3))
     assert of["ams"] == 1 and of["matches"] == 600 and of["distinct"] == 600 and of["ums"] == 1
     assert of["excess"] > 0.95 and of["ci"][0] > 0.8
-    assert of["saturation"][-1]["ums"] == of["ums"] and sum(band["ams"] for band in of["bands"]) == pytest.approx(1)
+    assert of["saturation"][-1]["ums"] == of["ums"] and sum(
+        band["ams"] for band in of["bands"]
+    ) == pytest.approx(1)
 
 
 def test_fresh_images_and_copies_of_the_holdout_show_no_excess(references):
@@ -88,7 +92,9 @@ def test_search_finds_the_best_of_all_training_images(references):
 
 
 def test_closeness_is_about_nothing_for_fresh_images_and_large_for_copies(references):
-    fresh, copied = (references.closeness(images) for images in (pictures(500, 14), noisy(references.train, 15)))
+    fresh, copied = (
+        references.closeness(images) for images in (pictures(500, 14), noisy(references.train, 15))
+    )
     assert abs(fresh) < 0.01 and copied > 3 * abs(fresh)
 
 
@@ -96,3 +102,17 @@ def test_too_few_held_out_images_calibrate_nothing(tmp_path):
     few = References(pictures(50, 1), pictures(20, 2), open_extractor("pixels"), seed=0, directory=tmp_path)
     with pytest.raises(TooFewHeldOut):
         few.threshold(few.matches, 0.01)
+
+
+@pytest.mark.parametrize("score", ["matches", "carlini", "gu"])
+def test_held_out_images_that_are_shifted_training_images_calibrate_nothing(tmp_path, score):
+    # With black at the sides a shift by one pixel is no difference, and the threshold would be out of reach.
+    framed = [
+        pictures(300, seed) * np.isin(np.arange(SIDE), (0, SIDE - 2, SIDE - 1), invert=True)[:, None]
+        for seed in (1, 2)
+    ]
+    framed = [each.astype(np.uint8) for each in framed]
+    held = np.concatenate([np.roll(framed[0][:10], 1, axis=2), framed[1][10:]])
+    close = References(framed[0], held, open_extractor("pixels"), seed=0, directory=tmp_path)
+    with pytest.raises(TooClose, match="copies would pass unseen"):
+        close.threshold(getattr(close, score), 0.01)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.audit.calibration import Threshold, calibrate
+from sfumato.audit.calibration import NoThreshold, Threshold, calibrate
 from sfumato.audit.evidence import Found, References, figures
 from sfumato.audit.extraction import cliques, tile_distances
 from sfumato.audit.guided_arms import seed_for
@@ -113,10 +113,13 @@ def extract(
                 done.attacks |= _cliques(done, unguided, found, references, threshold, rate, level)
                 continue
             score = references.carlini if name == "carlini" else references.gu
+            try:
+                own = references.threshold(score, rate)
+            except NoThreshold as problem:
+                done.skipped.append({"attack": name, "why": str(problem)})
+                continue
             closest = references.search(unguided, score)
-            done.attacks[name] = figures(closest, references.threshold(score, rate), level=level) | {
-                "says": SAYS[name]
-            }
+            done.attacks[name] = figures(closest, own, level=level) | {"says": SAYS[name]}
     done.gallery = _gallery(done.images, found, references, threshold.value)
     return done
 

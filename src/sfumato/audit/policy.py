@@ -220,9 +220,10 @@ def _withheld(result: Figures, policy: Policy) -> list[str]:
             "a larger --holdout."
         )
     elif (result.get("threshold") or {}).get("value") is None:
+        why = [each["why"] for each in result.get("skipped") or () if each["attack"] == "extraction"]
         reasons.append(
             f"no threshold could be calibrated from {held:,} held-out images at a false match rate of "
-            f"{policy.false_match_rate:g}: give a larger --holdout."
+            f"{policy.false_match_rate:g}: {why[0] if why else 'give a larger --holdout'}."
         )
     blind = result.get("blind") or {}
     if blind.get("ci") is None:

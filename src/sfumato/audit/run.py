@@ -19,7 +19,7 @@ import numpy as np
 
 from sfumato.audit.attacks import NO_MODEL, OF_UNGUIDED, Extractions, extract
 from sfumato.audit.blind import blind_baseline
-from sfumato.audit.calibration import TooFewHeldOut
+from sfumato.audit.calibration import NoThreshold, TooFewHeldOut
 from sfumato.audit.canaries import Sealed, check_training, open_sealed
 from sfumato.audit.canary_scoring import canary_scores
 from sfumato.audit.copy_encoder import train_copy_encoder
@@ -119,7 +119,7 @@ def audit(options: AuditOptions, target: Target | None = None) -> Audit:
             options, target, generated, sets, references, threshold, rate=policy.false_match_rate, folder=work,
             timed=lambda stage: _timed(seconds, stage),
         )  # fmt: skip
-    except TooFewHeldOut as error:
+    except NoThreshold as error:
         result["skipped"].append({"attack": "extraction", "why": str(error)})
     result |= {"attacks": found.attacks, "side": found.side or result["side"]}
     result["skipped"] += found.skipped
