@@ -96,6 +96,24 @@ def test_without_audit_the_card_does_not_speak_of_one(tiny, command, tmp_path):
     assert gate.SAID not in (tmp_path / "run/release/README.md").read_text()
 
 
+def test_a_release_that_is_complete_is_not_called_audited_afterwards(tiny, command, tmp_path, capsys):
+    arguments = command(STRICT)
+    assert tiny(*arguments[: arguments.index("--audit")]) == 0
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    capsys.readouterr()
+    assert tiny(*arguments) == 2
+    assert "was not audited" in capsys.readouterr().err
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
+def test_a_complete_release_does_not_pass_another_policy_unseen(tiny, quick, command, tmp_path, capsys):
+    assert tiny(*command(LOOSE)) == 0
+    (tmp_path / "strict.yaml").write_text(STRICT)
+    capsys.readouterr()
+    assert tiny(*command(LOOSE)[:-1], tmp_path / "strict.yaml") == 2
+    assert "audited with other options" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -33,7 +33,7 @@ class RunFolder:
         """Write config.yaml, or refuse to mix two different runs in one folder.
 
         Until something is charged all options may change; after the count those that it does not rest on;
-        once the plan is fixed only the holdout.
+        once the plan is fixed only the holdout and the audit; once there is a release no audit can stop it any more.
         """
         values = {
             name: value for name, value in dataclasses.asdict(options).items() if name not in NOT_OF_THE_RUN
@@ -53,6 +53,14 @@ class RunFolder:
                 )
             if not changed:
                 return
+            asked = [name for name in changed if name in AFTER_THE_RELEASE]
+            if options.audit and asked and self._certificate.exists():
+                was = "was not audited" if "audit" in asked else "was audited with other options"
+                raise InputError(
+                    f"{self.out} holds a complete release, which {was}; nothing was audited now, and --audit comes too "
+                    f"late for it. Run `sfumato audit {self.out} --train {options.private} --holdout "
+                    f"{options.holdout}`, or choose another --out"
+                )
             if "holdout" in changed:
                 for measured in (self._evaluation, self.checkpoints / "accuracy.json"):
                     measured.unlink(missing_ok=True)
