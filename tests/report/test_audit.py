@@ -578,6 +578,7 @@ def test_the_redacted_page_names_nothing_of_the_owners(gallery):
         "the held-out images of kept & aside.zip and C:\\Users\\me\\held out.npz are few"
     )
     result["searched"] += " Canaries of /secret/place/sealed.json were read; faces.parquet was not."
+    result["searched"] += " 1,200 different training images were compared in wardnet, with flips."
     result["attacks"]["side"]["says"] = "saved under 'runs/ward-7 scans/internal/audit'"
     result["side"]["says"] = "see ../ward-7/side"
     result["skipped"].append({"attack": "copy", "why": "'/models/copy net.onnx' could not be opened"})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "[withheld]"
+ENCODER = "an encoder of the owner's"
 OWN_EXTRACTORS = ("pixels", "tiles", "phash", "efficientnet-lite0", "copy")
 _SAID = {"target": "the generator", "train": "the training images", "holdout": "the held-out images"}
 _LEFT_OUT = ("description",)
@@ -33,11 +34,15 @@ def redacted(result: Mapping[str, Any]) -> dict[str, Any]:
         description = str((result.get(part) or {}).get("description") or "")
         last = re.split(r"[/\\]", description.rstrip("/\\"))[-1]
         names += [(name, said) for name in {description, last} if len(name) > 2]
+    for part in ("extractor", "guidance_extractor"):
+        name = str((result.get(part) or {}).get("name") or "")
+        if name and name not in OWN_EXTRACTORS:
+            names.append((name, ENCODER))
     names.sort(key=lambda pair: -len(pair[0]))
     clean = _scrubbed(dict(result), names)
     for part in ("extractor", "guidance_extractor"):
         if clean.get(part) and clean[part].get("name") not in (*OWN_EXTRACTORS, None):
-            clean[part]["name"] = "an encoder of the owner's"
+            clean[part]["name"] = ENCODER
     return clean
 
 
