@@ -171,6 +171,17 @@ def test_a_holdout_of_another_kind_withholds_the_verdict(place):
     assert done.exit_status == 4 and "told apart without the model" in done.result.value["sentence"]
 
 
+def test_a_threshold_that_would_not_see_copies_lets_nothing_pass(place):
+    black = np.isin(np.arange(SIDE), (0, SIDE - 2, SIDE - 1))[:, None]
+    train, other = (np.where(black, 0, pictures(300, seed)).astype(np.uint8) for seed in (1, 2))
+    np.savez("framed.npz", images=train)
+    np.savez("shifted.npz", images=np.concatenate([np.roll(train[::30], 1, axis=2), other[10:]]))
+    done = audit(options(images("made", train), train="framed.npz", holdout="shifted.npz"))
+    result = done.result.value
+    assert done.exit_status == 4 and "copies could pass unseen" in result["sentence"], result["reasons"]
+    assert {"carlini", "gu"} <= {each["attack"] for each in result["skipped"]}
+
+
 def test_a_small_holdout_decides_nothing_but_is_reported(place):
     np.savez("few.npz", images=pictures(60, 2))
     done = audit(options(images("made", noisy(pictures(300, 1), 3)), holdout="few.npz"))

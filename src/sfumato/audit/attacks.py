@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.audit.calibration import NoThreshold, Threshold, calibrate
+from sfumato.audit.calibration import Threshold, calibrate
 from sfumato.audit.evidence import Found, References, figures
 from sfumato.audit.extraction import cliques, tile_distances
 from sfumato.audit.guided_arms import seed_for
 from sfumato.audit.matching import best_matches
 from sfumato.audit.options import AuditOptions
-from sfumato.audit.policy import attack_level
+from sfumato.audit.policy import LEAST_RECOGNISED, attack_level
 from sfumato.audit.sets import Sets
 from sfumato.audit.side import SideSettings, classifier_conditioned, random_arm, side_attack
 from sfumato.audit.similarity import open_extractor
@@ -113,10 +113,12 @@ def extract(
                 done.attacks |= _cliques(done, unguided, found, references, threshold, rate, level)
                 continue
             score = references.carlini if name == "carlini" else references.gu
-            try:
-                own = references.threshold(score, rate)
-            except NoThreshold as problem:
-                done.skipped.append({"attack": name, "why": str(problem)})
+            own = references.threshold(score, rate)
+            if references.recognised(score, own.value) < LEAST_RECOGNISED:
+                why = (
+                    "held-out images are so close to training images that its threshold would let copies pass"
+                )
+                done.skipped.append({"attack": name, "why": why})
                 continue
             closest = references.search(unguided, score)
             done.attacks[name] = figures(closest, own, level=level) | {"says": SAYS[name]}

@@ -17,16 +17,8 @@ import numpy as np
 from sfumato.errors import InputError
 
 
-class NoThreshold(InputError):
-    """Nothing can be called a match: the held-out images do not say from what similarity on."""
-
-
-class TooFewHeldOut(NoThreshold):
+class TooFewHeldOut(InputError):
     """The held-out set is too small for the false match rate that was asked for."""
-
-
-class TooClose(NoThreshold):
-    """Held-out images are so close to training images that copies could not be told from them."""
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.audit.calibration import (
-    Threshold,
-    TooClose,
-    calibrate,
-    clopper_pearson,
-    excess,
-    reference_blocks,
-)
+from sfumato.audit.calibration import Threshold, calibrate, clopper_pearson, excess, reference_blocks
 from sfumato.audit.extraction import CARLINI_NEIGHBOURS, carlini_ratio, gu_ratio
 from sfumato.audit.matching import best_matches
 from sfumato.audit.scores import ams, banded, saturation, ums
@@ -28,7 +21,6 @@ from sfumato.audit.similarity import Extractor, informative
 
 BANDS = 4  # of equal width, from the threshold up to the closest match
 COPIES, FAINT = 200, 4  # training images that a threshold has to recognise, and the noise on them, of 255
-LEAST_SEEN = 0.5  # of these copies
 Score = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 """(N images, references) -> similarity float32 [N] to the closest reference, higher is closer, and its row [N]."""
 
@@ -86,27 +78,19 @@ class References:
         return gu_ratio(first, np.maximum(first, second)), found.index[:, 0]
 
     def threshold(self, score: Score, rate: float) -> Threshold:
-        """From what similarity on images match; from the held-out images.
+        """From what similarity on images match; from the held-out images. Raises `TooFewHeldOut`."""
+        return calibrate(score(self.holdout, self.train)[0], rate=rate)
 
-        Where some of these are nearly training images (shifted copies, frames of one film, augmented images split at
-        random), only what is closer still would match, and copies would pass unseen. So training images with
-        faint noise on them have to match, most of them.
+    def recognised(self, score: Score, tau: float) -> float:
+        """Share of (at most `COPIES`) training images that match with faint noise on them: what copies come to.
 
-        Raises `TooFewHeldOut`, or `TooClose` where they do not.
+        Where held-out images are nearly training images (shifted copies, frames of one film, augmented images split
+        at random), only what is closer still matches, and copies pass unseen. Then this share is small.
         """
-        found = calibrate(score(self.holdout, self.train)[0], rate=rate)
         draw = np.random.default_rng(self._seed)
         some = np.asarray(self.train[draw.permutation(len(self.train))[:COPIES]])
         copies = np.clip(np.round(some + draw.normal(0, FAINT, some.shape)), 0, 255).astype(np.uint8)
-        seen = int((score(copies, self.train)[0] >= found.value).sum())
-        if seen < LEAST_SEEN * len(copies):
-            raise TooClose(
-                f"held-out images are so close to training images that a threshold from them recognises only {seen:,} "
-                f"of {len(copies):,} training images with faint noise on them: copies would pass unseen. Give held-out "
-                "images that are not changed copies of training images (or their neighbours in a film), or another "
-                "--similarity"
-            )
-        return found
+        return float((score(copies, self.train)[0] >= tau).mean())
 
     def search(self, images: np.ndarray, score: Score) -> Found:
         """Score the images against all training images, each block of them, and the held-out images."""

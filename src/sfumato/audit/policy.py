@@ -26,6 +26,9 @@ BYSTANDERS = ("conditioned",)
 copies may be the classifier's and not the generator's."""
 EXIT_STATUS = {"pass": 0, "fail": 3, "undecided": 4}
 REPEATED = 3  # matches per training image from which on it is said that few images account for them
+LEAST_RECOGNISED = (
+    0.5  # of training images with faint noise: a threshold that does not see these sees no copies
+)
 MOST_BLANK = 0.5  # of the generated images; of a generator with more of them nothing can be said
 Figures = Mapping[str, Any]
 
@@ -133,7 +136,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: the policy cannot be read ({error.strerror}); nothing was audited"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         raise InputError(
@@ -220,10 +223,9 @@ def _withheld(result: Figures, policy: Policy) -> list[str]:
             "a larger --holdout."
         )
     elif (result.get("threshold") or {}).get("value") is None:
-        why = [each["why"] for each in result.get("skipped") or () if each["attack"] == "extraction"]
         reasons.append(
             f"no threshold could be calibrated from {held:,} held-out images at a false match rate of "
-            f"{policy.false_match_rate:g}: {why[0] if why else 'give a larger --holdout'}."
+            f"{policy.false_match_rate:g}: give a larger --holdout."
         )
     blind = result.get("blind") or {}
     if blind.get("ci") is None:
@@ -256,6 +258,14 @@ def _judge_attacks(result: Figures, policy: Policy, found: _Findings) -> None:
     if not judged:
         found.undecided.append(
             "no attack that looks for copies could run, so nothing is known of what the generator memorised."
+        )
+    recognised = (result.get("threshold") or {}).get("recognised")
+    if recognised is not None and recognised < LEAST_RECOGNISED:
+        found.undecided.append(
+            "held-out images are so close to training images that the threshold from them recognises only "
+            f"{_percent(recognised)} of training images with faint noise on them: copies could pass unseen. Give "
+            "held-out images that are no changed copies of training images (nor their neighbours in a film), or another "
+            "--similarity."
         )
     for name, figures in judged.items():
         images, matches, value = figures["num_images"], figures["matches"], figures["excess"]

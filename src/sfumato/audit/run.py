@@ -19,7 +19,7 @@ import numpy as np
 
 from sfumato.audit.attacks import NO_MODEL, OF_UNGUIDED, Extractions, extract
 from sfumato.audit.blind import blind_baseline
-from sfumato.audit.calibration import NoThreshold, TooFewHeldOut
+from sfumato.audit.calibration import TooFewHeldOut
 from sfumato.audit.canaries import Sealed, check_training, open_sealed
 from sfumato.audit.canary_scoring import canary_scores
 from sfumato.audit.copy_encoder import train_copy_encoder
@@ -114,12 +114,13 @@ def audit(options: AuditOptions, target: Target | None = None) -> Audit:
             raise TooFewHeldOut("no held-out image is left that the training images do not hold, too")
         with _timed(seconds, "calibration"):
             threshold = references.threshold(references.matches, policy.false_match_rate)
-        result["threshold"] = vars(threshold)
+            recognised = references.recognised(references.matches, threshold.value)
+        result["threshold"] = vars(threshold) | {"recognised": recognised}
         found = extract(
             options, target, generated, sets, references, threshold, rate=policy.false_match_rate, folder=work,
             timed=lambda stage: _timed(seconds, stage),
         )  # fmt: skip
-    except NoThreshold as error:
+    except TooFewHeldOut as error:
         result["skipped"].append({"attack": "extraction", "why": str(error)})
     result |= {"attacks": found.attacks, "side": found.side or result["side"]}
     result["skipped"] += found.skipped
