@@ -293,7 +293,7 @@ def test_other_pixels_no_file_and_no_json_are_refused(planted, tmp_path):
     (planted.folder / "sealed.npz").unlink()
     with pytest.raises(InputError, match=r"sealed\.npz' cannot be read.*nothing was audited"):
         open_sealed(planted.folder)
-    for content in (b"", b"[1]", b"\xff\xfe", b'{"format"'):
+    for content in (b"", b"[1]", b"\xff\xfe", b'{"format"', b"[" * 100_000):
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(InputError, match="nothing was audited"):
             open_sealed(tmp_path / "bad.json")

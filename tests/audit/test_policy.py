@@ -50,6 +50,7 @@ def test_left_out_keys_keep_their_defaults(tmp_path):
         ("- maximum_excess", "`key: value` lines"),
         ("maximum_excess", "`key: value` lines"),
         ("maximum_excess: [", "line 1: not a YAML file"),
+        ("[" * 5000, "not a YAML file"),
         ("maximum_excess: 0.1\n  x: 1\n", "line 2: not a YAML file"),
         ("a: !!python/object/apply:os.system [echo]", "not a YAML file"),
         ("maximum_excess: 0.1\nmaximum_excess: 0.5", "'maximum_excess' is set twice"),

@@ -329,7 +329,7 @@ def open_sealed(path: str | Path) -> Sealed:
             f"--canaries '{error.filename or path}' cannot be read ({error.strerror or error}); nothing was audited. "
             f"Give DIR/{SEALED} as `sfumato canaries plant` wrote it"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
         raise _broken(path, f"is damaged ({type(error).__name__})") from None
 
 
