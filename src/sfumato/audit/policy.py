@@ -264,8 +264,8 @@ def _judge_attacks(result: Figures, policy: Policy, found: _Findings) -> None:
         found.undecided.append(
             "held-out images are so close to training images that the threshold from them recognises only "
             f"{_percent(recognised)} of training images with faint noise on them: copies could pass unseen. Give "
-            "held-out images that are no changed copies of training images (nor their neighbours in a film), or another "
-            "--similarity."
+            "held-out images that are no changed copies of training images (nor their neighbours in a film), or "
+            "another --similarity."
         )
     for name, figures in judged.items():
         images, matches, value = figures["num_images"], figures["matches"], figures["excess"]
