@@ -138,6 +138,22 @@ def refused(*_, **__):
     raise AssertionError("drawn or computed again")
 
 
+@pytest.mark.parametrize(("without", "known"), [((), True), (("train",), False), (("held",), False)])
+def test_membership_asks_about_both_sides_in_one_way(model, place, monkeypatch, without, known):
+    for name in without:
+        with np.load(f"{name}.npz") as file:
+            np.savez(f"{name}.npz", images=file["images"])
+    asked = []
+
+    def score(_, images, labels, *, seed):
+        asked.append(labels is not None)
+        return np.random.default_rng(len(asked)).normal(size=len(images))
+
+    monkeypatch.setattr(run, "MEMBERSHIP", {"loss": score})
+    audit(options(model, num_images=60, attacks="membership"))
+    assert asked == [known, known]
+
+
 def test_another_seed_draws_anew(model, place):
     for seed in (0, 0, 1):
         audit(options(model, num_images=60, attacks="random", seed=seed))

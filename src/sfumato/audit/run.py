@@ -170,10 +170,15 @@ def _membership(
     if min(len(sets.train), len(sets.holdout)) < 2:
         skipped.append({"attack": "membership", "why": "it needs held-out images to compare with"})
         return found
+    # With labels on one side only, the model would be asked in two ways, and the difference pass for membership.
+    labelled = all(
+        labels is not None and bool((labels >= 0).all())
+        for labels in (sets.train_labels, sets.holdout_labels)
+    )
     sides = []
     for images, labels in ((sets.train, sets.train_labels), (sets.holdout, sets.holdout_labels)):
         rows = np.random.default_rng(options.seed).permutation(len(images))[:MEMBERS]
-        sides.append((images[rows], None if labels is None else labels[rows]))
+        sides.append((images[rows], labels[rows] if labelled and labels is not None else None))
     parts = [identity_of(target.model), str(options.seed)]
     parts += [content_of(images, "membership: checking") for images, _ in sides]
     parts += [b"" if labels is None else labels.tobytes() for _, labels in sides]
