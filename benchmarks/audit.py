@@ -365,6 +365,10 @@ def alarms_table(runs: dict[str, list[dict[str, Any]]]) -> str:
         ("runs whose interval lies below 0", below, len(rows), 0.025),
     ):
         low, high = clopper_pearson(flagged, of)
+        if of == images:  # those of a run share its threshold
+            shares = [row["matches"] / row["num_images"] for row in rows]
+            half = 1.96 * stdev(shares) / math.sqrt(len(shares))
+            low, high = mean(shares) - half, mean(shares) + half
         lines.append(
             f"| {what} | {of:,} | {flagged:,} | {flagged / of:.2%} | {low:.2%} to {high:.2%} | {allowed:.1%} |"
         )
