@@ -134,6 +134,14 @@ def test_a_model_gets_every_attack_and_the_same_command_draws_nothing_again(mode
     assert again["attacks"] == first["attacks"] and again["membership"] == first["membership"]
 
 
+def test_adapters_can_take_the_classifier_s_place(model):
+    asked = options(
+        model, num_images=50, attacks="side", similarity="tiles", guidance_features="pixels", surrogate="lora"
+    )
+    result = audit(asked).result.value
+    assert {"side", "side-shuffled", "conditioned"} <= set(result["attacks"]) and result["side"]["kept"] >= 2
+
+
 def refused(*_, **__):
     raise AssertionError("drawn or computed again")
 
@@ -181,6 +189,20 @@ def test_duplicates_count_once_and_overlaps_leave_both_sets(place):
     }  # fmt: skip
 
 
+def test_repeating_pictures_that_are_in_both_sets_does_not_pass(place):
+    common = pictures(20, 9)
+    np.savez("train20.npz", images=np.concatenate([pictures(300, 1), *[common] * 5]))
+    np.savez("held20.npz", images=np.concatenate([pictures(300, 2), common]))
+    sets = {"train": "train20.npz", "holdout": "held20.npz", "attacks": "random"}
+    made = np.concatenate([noisy(np.repeat(common, 75, axis=0), 3), pictures(500, 4)])
+    done = audit(options(images("made", made), **sets))
+    result = done.result.value
+    assert result["attacks"]["released"]["shared"] >= 1500 and result["attacks"]["released"]["matches"] < 150
+    assert done.exit_status == 4 and "in --train and in --holdout" in result["sentence"]
+    fresh = audit(options(images("fresh", pictures(1500, 5)), **sets | {"out": "other"}))
+    assert fresh.exit_status == 0 and fresh.result.value["attacks"]["released"]["shared"] < 15
+
+
 def test_a_holdout_of_another_kind_withholds_the_verdict(place):
     np.savez("bright.npz", images=np.clip(pictures(300, 2).astype(int) + 60, 0, 255).astype(np.uint8))
     done = audit(options(images("made", noisy(pictures(300, 1), 3)), holdout="bright.npz"))
@@ -226,6 +248,9 @@ def test_canaries_bound_epsilon_and_contradict_a_false_claim(place):
     assert bound["epsilon"] > 1 and bound["canaries"] == 200 and bound["epsilon"] <= bound["cap"]
     assert done.exit_status == 3 and "epsilon" in done.result.value["sentence"]
     assert done.result.value["train"]["images"] == 300 + sum(coins)
+    np.savez("few.npz", images=pictures(60, 2))  # canaries need no held-out images
+    few = audit(options("run", train="planted/train", canaries="planted/sealed.json", holdout="few.npz"))
+    assert few.exit_status == 3 and few.result.value["epsilon_lower_bound"]["epsilon"] == bound["epsilon"]
 
 
 def test_an_edited_seal_and_another_training_set_are_refused(place):

@@ -83,10 +83,7 @@ def extract(
     done = Extractions()
     if generated is not None:
         with timed("reading"):
-            rows = _rows(len(generated), RELEASED, options.seed)
-            done.images["released"] = np.asarray(generated.images)[rows]
-            if generated.label_names is not None:
-                done.labels = np.asarray(generated.labels)[rows]
+            done.images["released"], done.labels = released(generated, options.seed)
     if target.model is None:
         for attack in ("side", "conditioned"):
             if "side" in options.chosen:
@@ -106,7 +103,10 @@ def extract(
     with timed("matching"):
         for name, images in done.images.items():
             found[name] = references.search(images, references.matches)
-            done.attacks[name] = figures(found[name], threshold, level=level) | {"says": SAYS[name]}
+            done.attacks[name] = figures(found[name], threshold, level=level) | {
+                "says": SAYS[name],
+                "shared": _shared(images, found[name], sets, references, threshold),
+            }
         for name in again:
             assert unguided is not None
             if name == "cliques":
@@ -124,6 +124,23 @@ def extract(
             done.attacks[name] = figures(closest, own, level=level) | {"says": SAYS[name]}
     done.gallery = _gallery(done.images, found, references, threshold.value)
     return done
+
+
+def released(generated: PublicImages, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images that came with the target, `RELEASED` of them at most, and their labels."""
+    rows = _rows(len(generated), RELEASED, seed)
+    labels = None if generated.label_names is None else np.asarray(generated.labels)[rows]
+    return np.asarray(generated.images)[rows], labels
+
+
+def _shared(
+    images: np.ndarray, found: Found, sets: Sets, references: References, threshold: Threshold
+) -> int:
+    """How many images match a picture that is in both sets, and so is counted for neither."""
+    if not len(sets.shared):
+        return 0
+    close = references.matches(images, sets.shared)[0] >= threshold.value
+    return int((close & found.informative).sum())
 
 
 def _cliques(

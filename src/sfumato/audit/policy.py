@@ -277,9 +277,15 @@ def _judge_attacks(result: Figures, policy: Policy, found: _Findings) -> None:
             f"{_percent(value)} (interval {_percent(low)} to {_percent(high)})"
         )
         limit = _percent(policy.maximum_excess)
-        blank = figures.get("filtered") or 0
+        blank, shared = figures.get("filtered") or 0, figures.get("shared") or 0
         if low > policy.maximum_excess:
             found.against.append(f"{says}, above the policy's {limit}.")
+        elif clopper_pearson(shared, images, figures.get("level", LEVEL))[0] > policy.maximum_excess:
+            found.undecided.append(
+                f"{name}: {shared:,} of {images:,} generated images match pictures that are in --train and in "
+                "--holdout, and were left out of the comparison: they may be memorised. Give held-out images "
+                "without copies of training images."
+            )
         elif blank > MOST_BLANK * images:
             found.undecided.append(
                 f"{name}: {blank:,} of {images:,} generated images are blank or nearly so, and say nothing."

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.audit.attacks import NO_MODEL, OF_UNGUIDED, Extractions, extract
+from sfumato.audit.attacks import NO_MODEL, OF_UNGUIDED, Extractions, extract, released
 from sfumato.audit.blind import blind_baseline
 from sfumato.audit.calibration import TooFewHeldOut
 from sfumato.audit.canaries import Sealed, check_training, open_sealed
@@ -33,7 +33,7 @@ from sfumato.audit.provenance import content_of, identity_of
 from sfumato.audit.sets import Sets, generated_images, open_sets
 from sfumato.audit.similarity import Extractor, open_extractor
 from sfumato.audit.target import Target, open_target
-from sfumato.data.images import OwnerOnly
+from sfumato.data.images import OwnerOnly, PublicImages
 from sfumato.data.records import fingerprint
 from sfumato.data.release import InternalWriter
 from sfumato.errors import InputError
@@ -128,7 +128,7 @@ def audit(options: AuditOptions, target: Target | None = None) -> Audit:
         result |= _membership(options, target, sets, work, result["skipped"])
     if sealed is not None:
         with _timed(seconds, "canaries"):
-            result["epsilon_lower_bound"] = _bound(sealed, options, target, found, work)
+            result["epsilon_lower_bound"] = _bound(sealed, options, target, generated, found, work)
     result["searched"] = _searched(options, result)
     verdict = judge(result, policy)
     result |= {"verdict": verdict.verdict, "sentence": verdict.sentence, "reasons": list(verdict.reasons)}
@@ -196,10 +196,17 @@ def _membership(
 
 
 def _bound(
-    sealed: Sealed, options: AuditOptions, target: Target, found: Extractions, work: Path
+    sealed: Sealed,
+    options: AuditOptions,
+    target: Target,
+    generated: PublicImages | None,
+    found: Extractions,
+    work: Path,
 ) -> dict[str, Any]:
     """The entry "epsilon_lower_bound" of audit.json: the best of a fixed set of scores, each at its share of 5 %."""
     drawn = [found.images[name] for name in ("released", "random") if name in found.images]
+    if not drawn and generated is not None:  # too few held-out images for extraction: canaries need none
+        drawn = [released(generated, options.seed)[0]]
     scores = canary_scores(
         target.model, np.concatenate(drawn) if drawn else None, sealed, directory=work / "features",
         seed=options.seed,

@@ -26,8 +26,9 @@ from sfumato.evaluation.image_sets import common_shape, in_words, label_position
 class Sets:
     """The real images of an audit, at the target's size; each picture once, and none in both.
 
-    train, holdout: uint8 [N, H, W, C] and [M, H, W, C]. train_labels, holdout_labels: int64, as the target numbers
-    its labels, -1 where unknown, or None. own_labels: the training images' own labels, with own_names, or None.
+    train, holdout: uint8 [N, H, W, C] and [M, H, W, C]. shared: training images that were in both, uint8 [S, H, W, C].
+    train_labels, holdout_labels: int64, as the target numbers its labels, -1 where unknown, or None. own_labels: the
+    training images' own labels, with own_names, or None.
     """
 
     train: np.ndarray
@@ -36,6 +37,7 @@ class Sets:
     holdout_labels: np.ndarray | None
     own_labels: np.ndarray | None
     own_names: tuple[str, ...] | None
+    shared: np.ndarray
     about: dict[str, Any]
 
 
@@ -115,7 +117,7 @@ def open_sets(
     own = np.asarray(train.labels)[rows] if train.label_names is not None else None
     return Sets(
         mine[rows], theirs[held_rows], _labels(train, rows, target), _labels(holdout, held_rows, target),
-        own, train.label_names, about,
+        own, train.label_names, mine[np.isin(groups.train, shared)], about,
     )  # fmt: skip
 
 
