@@ -260,6 +260,7 @@ def test_a_rate_that_cannot_be_seen_is_remarked():
     blurred["tpr"]["0.01"] = dict.fromkeys(("value", "low", "high", "true_positives", "false_positives"))
     verdict = judged(membership={"loss": blurred})
     assert verdict.verdict == "pass" and any("too few to see" in reason for reason in verdict.reasons)
+    assert "loss" not in verdict.sentence  # it found nothing because it could not look
 
 
 @pytest.mark.parametrize("found", [attack(), attack(0.5, 0.6, 0.7)])

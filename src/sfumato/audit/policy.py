@@ -204,7 +204,9 @@ def judge(result: Figures, policy: Policy) -> Verdict:
         return Verdict("undecided", f"Cannot be decided: {_first(withheld)}", (*withheld, *everything))
     if found.undecided:
         return Verdict("undecided", f"Cannot be decided: {_first(found.undecided)}", tuple(everything))
-    attacks = ", ".join([*_judged(result), *(result.get("membership") or {})])
+    members = result.get("membership") or {}
+    seen = [name for name, of in members.items() if _hits(of) is not None]
+    attacks = ", ".join([*_judged(result), *seen])
     return Verdict(
         "pass",
         f"Passes the policy: {attacks} found no more than it allows. That is what these attacks found, not "
@@ -305,12 +307,16 @@ def _judge_attacks(result: Figures, policy: Policy, found: _Findings) -> None:
                 found.undecided.append(f"{says}: more images (--num-images) or a larger --holdout would.")
 
 
+def _hits(figures: Figures) -> int | None:
+    """Members found at 1 % false positives; None where so few held-out images cannot show that rate."""
+    return ((figures.get("tpr") or {}).get("0.01") or {}).get("true_positives")
+
+
 def _judge_membership(result: Figures, policy: Policy, found: _Findings) -> None:
     attacks = result.get("membership") or {}
     limit = _percent(policy.maximum_tpr_at_1_percent_fpr)
     for name, figures in attacks.items():
-        rate = (figures.get("tpr") or {}).get("0.01") or {}
-        hits, false = rate.get("true_positives"), rate.get("false_positives")
+        hits, false = _hits(figures), ((figures.get("tpr") or {}).get("0.01") or {}).get("false_positives")
         members, others = figures["members"], figures["nonmembers"]
         if hits is None or false is None:
             found.remarks.append(
