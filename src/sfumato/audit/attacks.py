@@ -194,7 +194,7 @@ def _draw(
     if "side" not in options.chosen:
         _unguided(done, options, model, folder, timed)
         return
-    settings = SideSettings()
+    settings = replace(SideSettings(), branch=options.surrogate)
     with timed("surrogate"):
         images, labels = _synthetic(model, generated, settings, options.seed, folder)
     try:

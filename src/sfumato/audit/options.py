@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -51,6 +52,10 @@ class AuditOptions:
 
     guidance_features: str = "efficientnet-lite0"
     """The features that SIDE groups generated images by; has to differ from --similarity."""
+
+    surrogate: Literal["classifier", "lora"] = "classifier"
+    """How SIDE learns its groups: a small classifier of noisy images that guides the model, or low-rank adapters
+    of the model itself, which suit large models (needs `pip install 'sfumato[lora]'`)."""
 
     policy: str | None = None
     """YAML file with what may pass; its keys are in docs/audit.md. Default: the defaults there."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from sfumato.audit.attacks import NO_MODEL, OF_UNGUIDED, Extractions, extract, released
 from sfumato.audit.blind import blind_baseline
@@ -73,6 +74,8 @@ def audit(options: AuditOptions, target: Target | None = None) -> Audit:
     options.check()
     policy = read_policy(options.policy)
     target = target or open_target(options.target)
+    if target.model is not None and torch.cuda.is_available():
+        target.model.network.to("cuda")
     sealed = None if options.canaries is None else open_sealed(options.canaries)
     internal = InternalWriter(options.folder)
     work = internal.directory("audit/work")

@@ -80,4 +80,3 @@ def _options(options: SynthesizeOptions, folder: Path) -> AuditOptions:
 
 def _claim(certificate: dict[str, Any]) -> Claim:
     return Claim(**{name: certificate[name] for name in ("epsilon", "delta", "unit", "relation")})
-
