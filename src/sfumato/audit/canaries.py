@@ -203,8 +203,10 @@ def _drawn(
     """Rows of `count` images that may be canaries, the first in random order; int64."""
     digests = pixel_digests(pixels, "looking for copies")
     _, group, times = np.unique(digests, return_inverse=True, return_counts=True)
-    stays = order[np.unique(labels[order], return_index=True)[1]]
-    eligible = order[(times[group[order]] == 1) & ~np.isin(order, stays)]
+    copied = times[group] > 1
+    ranked = order[np.argsort(copied[order], kind="stable")]  # so that how many may be canaries is no chance
+    stays = ranked[np.unique(labels[ranked], return_index=True)[1]]
+    eligible = order[~copied[order] & ~np.isin(order, stays)]
     if count > len(eligible):
         raise InputError(
             f"--count {count:,} is more than the {len(eligible):,} images of '{printable(source.spec)}' that can be "
