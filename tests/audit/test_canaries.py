@@ -254,6 +254,8 @@ def test_the_owner_alone_may_have_it(planted):
     with pytest.raises(InputError):
         refuse_private({"canaries": planted}, "page")
     assert (planted.folder.stat().st_mode & 0o077) == 0
+    for name in ("sealed.json", "sealed.npz"):  # also where the folder was there before, open to others
+        assert (planted.folder / name).stat().st_mode & 0o077 == 0
 
 
 def edited(path, change, seal=False):
