@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sfumato.audit.calibration import TooFewHeldOut
-from sfumato.audit.evidence import References, figures
+from sfumato.audit.evidence import Copies, References, figures
 from sfumato.audit.similarity import open_extractor
 
 SIDE = 8
@@ -115,3 +115,25 @@ def test_a_threshold_says_whether_it_would_see_copies(references, tmp_path, scor
     close = References(framed[0], held, open_extractor("pixels"), seed=0, directory=tmp_path)
     tau = close.threshold(getattr(close, score), 0.01).value
     assert close.recognised(getattr(close, score), tau) < 0.1
+
+
+def test_a_copy_of_any_image_of_a_picture_is_a_match_of_that_picture(tmp_path):
+    """A burst: near-duplicates chain, and the last is far from the first that stands for all."""
+    first, last = pictures(100, 1), pictures(100, 21)
+    copies = Copies(
+        np.concatenate([last, pictures(40, 22)]), np.concatenate([np.arange(100), np.full(40, 7)])
+    )
+    held = Copies(pictures(50, 23), np.arange(50))
+    both = References(
+        first, pictures(100, 2), open_extractor("pixels"), seed=0, directory=tmp_path, train_copies=copies,
+        holdout_copies=held,
+    )  # fmt: skip
+    of = measured(both, noisy(last, 16))
+    assert of["ams"] == 1 and of["distinct"] == 100 and of["ci"][0] > 0.5
+    assert (both.search(noisy(copies.images[100:], 17), both.matches).index == 7).all()
+    burst = measured(both, noisy(copies.images[100:], 18))
+    assert burst["ams"] == 1 and burst["distinct"] == 1
+    from_holdout = both.search(noisy(held.images, 19), both.matches)
+    assert (from_holdout.held_index == np.arange(50)).all() and (
+        from_holdout.held > from_holdout.similarity
+    ).all()

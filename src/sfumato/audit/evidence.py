@@ -42,19 +42,38 @@ class Found:
     informative: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Further images of pictures: uint8 [K, H, W, C], and the row int64 [K] of each one's picture."""
+
+    images: np.ndarray
+    of: np.ndarray
+
+
 class References:
     """Training and held-out images, uint8 [N, H, W, C] and [M, H, W, C], and how images are compared with them.
 
-    Both hold each picture once, and no picture is in both: `duplicates.duplicate_groups` says which are.
+    Both hold each picture once, and no picture is in both: `duplicates.duplicate_groups` says which are. train_copies,
+    holdout_copies: further images of these pictures, in whose place they match (the ratios leave them out).
     seed: for the blocks (public randomness). directory: for features, under `internal/`.
     """
 
     def __init__(
-        self, train: np.ndarray, holdout: np.ndarray, extractor: Extractor, *, seed: int, directory: Path
+        self,
+        train: np.ndarray,
+        holdout: np.ndarray,
+        extractor: Extractor,
+        *,
+        seed: int,
+        directory: Path,
+        train_copies: Copies | None = None,
+        holdout_copies: Copies | None = None,
     ) -> None:
         self.train, self.holdout, self.extractor, self._directory = train, holdout, extractor, directory
+        self._copies, self._held_copies = train_copies, holdout_copies
         self.blocks, self.held_rows = reference_blocks(len(train), len(holdout), seed)
         self._seed = seed
+        self._every = np.arange(len(train))
         self._rest = np.setdiff1d(np.arange(len(train)), np.concatenate(self.blocks))
 
     def matches(self, images: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +98,7 @@ class References:
 
     def threshold(self, score: Score, rate: float) -> Threshold:
         """From what similarity on images match; from the held-out images. Raises `TooFewHeldOut`."""
-        return calibrate(score(self.holdout, self.train)[0], rate=rate)
+        return calibrate(self._closest(self.holdout, score, self._every)[0], rate=rate)
 
     def recognised(self, score: Score, tau: float) -> float:
         """Share of (at most `COPIES`) training images that match with faint noise on them: what copies come to.
@@ -90,25 +109,37 @@ class References:
         draw = np.random.default_rng(self._seed)
         some = np.asarray(self.train[draw.permutation(len(self.train))[:COPIES]])
         copies = np.clip(np.round(some + draw.normal(0, FAINT, some.shape)), 0, 255).astype(np.uint8)
-        return float((score(copies, self.train)[0] >= tau).mean())
+        return float((self._closest(copies, score, self._every)[0] >= tau).mean())
 
     def search(self, images: np.ndarray, score: Score) -> Found:
         """Score the images against all training images, each block of them, and the held-out images."""
-        parts = [score(images, self.train[rows]) for rows in self.blocks]
+        parts = [self._closest(images, score, rows) for rows in self.blocks]
         blocks = np.stack([similarity for similarity, _ in parts], axis=1)
         if score == self.matches:  # the best of all is the best of the parts
             if len(self._rest):
-                parts.append(score(images, self.train[self._rest]))
-            rows = [*self.blocks, self._rest]
+                parts.append(self._closest(images, score, self._rest))
             every = np.stack([similarity for similarity, _ in parts], axis=1)
-            best = every.argmax(axis=1)
-            index = np.stack([rows[part][found] for part, (_, found) in enumerate(parts)], axis=1)
-            each = np.arange(len(images))
-            similarity, index = every[each, best], index[each, best]
+            best, each = every.argmax(axis=1), np.arange(len(images))
+            similarity, index = every[each, best], np.stack([rows for _, rows in parts], axis=1)[each, best]
         else:
-            similarity, index = score(images, self.train)
-        held, where = score(images, self.holdout[self.held_rows])
-        return Found(similarity, index, blocks, held, self.held_rows[where], informative(images))
+            similarity, index = self._closest(images, score, self._every)
+        held, where = self._closest(images, score, self.held_rows, held=True)
+        return Found(similarity, index, blocks, held, where, informative(images))
+
+    def _closest(
+        self, images: np.ndarray, score: Score, rows: np.ndarray, *, held: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Similarity to the closest of these training (or held-out) pictures, and its row."""
+        pictures, copies = (self.holdout, self._held_copies) if held else (self.train, self._copies)
+        among = pictures[rows]
+        if copies is not None and score == self.matches:
+            here = np.isin(copies.of, rows)
+            among, rows = (
+                np.concatenate([among, copies.images[here]]),
+                np.concatenate([rows, copies.of[here]]),
+            )
+        similarity, index = score(images, among)
+        return similarity, rows[index]
 
     def closeness(self, images: np.ndarray) -> float:
         """Mean similarity to the closest of a block less that to the closest held-out image; about 0 if fresh."""

@@ -110,7 +110,13 @@ def audit(options: AuditOptions, target: Target | None = None) -> Audit:
     references = None
     if len(sets.holdout):
         references = References(
-            sets.train, sets.holdout, extractor, seed=options.seed, directory=work / "features"
+            sets.train,
+            sets.holdout,
+            extractor,
+            seed=options.seed,
+            directory=work / "features",
+            train_copies=sets.train_copies,
+            holdout_copies=sets.holdout_copies,
         )
     try:
         if references is None:

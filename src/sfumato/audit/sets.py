@@ -13,6 +13,7 @@ import numpy as np
 from sfumato.audit.canaries import Sealed
 from sfumato.audit.canary_scoring import fitted
 from sfumato.audit.duplicates import duplicate_groups
+from sfumato.audit.evidence import Copies
 from sfumato.audit.options import AuditOptions
 from sfumato.audit.target import Target
 from sfumato.data.images import OwnerImages, PublicImages
@@ -26,7 +27,8 @@ from sfumato.evaluation.image_sets import common_shape, in_words, label_position
 class Sets:
     """The real images of an audit, at the target's size; each picture once, and none in both.
 
-    train, holdout: uint8 [N, H, W, C] and [M, H, W, C]. shared: training images that were in both, uint8 [S, H, W, C].
+    train, holdout: uint8 [N, H, W, C] and [M, H, W, C]. train_copies, holdout_copies: the further images of these
+    pictures. shared: training images that were in both, uint8 [S, H, W, C].
     train_labels, holdout_labels: int64, as the target numbers its labels, -1 where unknown, or None. own_labels: the
     training images' own labels, with own_names, or None.
     """
@@ -38,6 +40,8 @@ class Sets:
     own_labels: np.ndarray | None
     own_names: tuple[str, ...] | None
     shared: np.ndarray
+    train_copies: Copies
+    holdout_copies: Copies
     about: dict[str, Any]
 
 
@@ -117,7 +121,8 @@ def open_sets(
     own = np.asarray(train.labels)[rows] if train.label_names is not None else None
     return Sets(
         mine[rows], theirs[held_rows], _labels(train, rows, target), _labels(holdout, held_rows, target),
-        own, train.label_names, mine[np.isin(groups.train, shared)], about,
+        own, train.label_names, mine[np.isin(groups.train, shared)], _copies(mine, groups.train, rows),
+        _copies(theirs, groups.holdout, held_rows), about,
     )  # fmt: skip
 
 
@@ -125,6 +130,16 @@ def _firsts(groups: np.ndarray, without: np.ndarray) -> np.ndarray:
     """The first row of each group, in order, but of those in `without`."""
     found, first = np.unique(groups, return_index=True)
     return np.sort(first[~np.isin(found, without)])
+
+
+def _copies(images: np.ndarray, groups: np.ndarray, firsts: np.ndarray) -> Copies:
+    """The images that share a group with one of `firsts`, without these."""
+    order = np.argsort(groups[firsts])
+    place = np.minimum(np.searchsorted(groups[firsts], groups, sorter=order), len(firsts) - 1)
+    of = order[place] if len(firsts) else np.zeros(len(groups), np.int64)
+    further = np.flatnonzero(groups[firsts][of] == groups) if len(firsts) else np.zeros(0, np.int64)
+    further = np.setdiff1d(further, firsts)
+    return Copies(images[further], of[further])
 
 
 def _labels(images: OwnerImages, rows: np.ndarray, target: Target) -> np.ndarray | None:
