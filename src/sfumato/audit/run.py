@@ -251,6 +251,7 @@ def _searched(options: AuditOptions, result: dict[str, Any]) -> str:
         f"{images:,} generated images were compared with {result['train']['groups']:,} different training images in "
         f"{result['extractor']['name']}, with flips"
         f"{' and shifts by a pixel' if result['extractor']['name'] in ('pixels', 'tiles') else ''}. Copies rarer than "
-        f"three in {options.num_images:,} images of an attack, crops, turns, and likeness that this measure does not "
-        "see were not searched for, nor were attacks that are not listed."
+        f"three in {options.num_images:,} images of an attack, copies that were cropped, turned, made brighter or "
+        "of less contrast, and likeness that this measure does not see were not searched for; other attacks than those "
+        "listed were not tried."
     )
