@@ -170,8 +170,8 @@ def _cliques(
         done.skipped.append({"attack": "cliques", "why": str(problem)})
         return {}
     of = found["random" if "random" in found else "released"]
+    blank = int((~of.informative).sum())
     of = replace(of, informative=of.informative & first)
-    blank = int((~found["random" if "random" in found else "released"].informative).sum())
     says = f"{SAYS['cliques']}: {len(sizes)} such groups, {sum(sizes):,} images in them"
     return {"cliques": figures(of, threshold, level=level) | {"filtered": blank, "says": says}}
 

@@ -30,7 +30,7 @@ class Sets:
     train, holdout: uint8 [N, H, W, C] and [M, H, W, C]. train_copies, holdout_copies: the further images of these
     pictures. shared: training images that were in both, uint8 [S, H, W, C].
     train_labels, holdout_labels: int64, as the target numbers its labels, -1 where unknown, or None. own_labels: the
-    training images' own labels, with own_names, or None.
+    training images' own labels, or None.
     """
 
     train: np.ndarray
@@ -38,7 +38,6 @@ class Sets:
     train_labels: np.ndarray | None
     holdout_labels: np.ndarray | None
     own_labels: np.ndarray | None
-    own_names: tuple[str, ...] | None
     shared: np.ndarray
     train_copies: Copies
     holdout_copies: Copies
@@ -121,7 +120,7 @@ def open_sets(
     own = np.asarray(train.labels)[rows] if train.label_names is not None else None
     return Sets(
         mine[rows], theirs[held_rows], _labels(train, rows, target), _labels(holdout, held_rows, target),
-        own, train.label_names, mine[np.isin(groups.train, shared)], _copies(mine, groups.train, rows),
+        own, mine[np.isin(groups.train, shared)], _copies(mine, groups.train, rows),
         _copies(theirs, groups.holdout, held_rows), about,
     )  # fmt: skip
 
