@@ -27,8 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"data", "privacy"},
     "audit": {"data", "diffusion", "encoders", "evaluation", "privacy", "report"},
     "synthesis": {"audit", "data", "diffusion", "encoders", "evaluation", "machine", "privacy", "report"},
+    "personalization": {"data", "encoders", "evaluation", "machine", "privacy", "report"},
     "machine": {"privacy", "data"},
-    "cli": {"audit", "data", "diffusion", "evaluation", "machine", "privacy", "report", "synthesis"},
+    "cli": {
+        "audit", "data", "diffusion", "evaluation", "machine", "personalization", "privacy", "report", "synthesis",
+    },
 }
 EVERYBODY = {"checkpoint", "errors", "progress"}
 FOREIGN = {"torchvision", "accelerate", "lightning", "pytorch_lightning", "hydra", "opacus", "torch_fidelity"}

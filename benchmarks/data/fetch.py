@@ -144,7 +144,7 @@ def fetch(collection: str, out: Path, *, size: int | None = None, seed: int = 0)
         if all(found.get(key) == value for key, value in wanted.items()):
             return path
     packages: dict[str, Any] = {}
-    reader = _dicebear if name == "faces" else _package
+    reader = drawn_by_dicebear if name == "faces" else _package
     images, labels = makers[name](functools.partial(reader, out / "packages", packages), size, seed, part)
     arrays: dict[str, Any] = {"images": images} if labels is None else {"images": images, "labels": labels}
     half = path.with_name(path.name + ".part")
@@ -254,19 +254,28 @@ def _icons(read: Any, size: int, seed: int, name: str) -> tuple[np.ndarray, np.n
 DRAW_FACES = """
 import { createAvatar } from '@dicebear/core';
 import * as styles from '@dicebear/collection';
-const [style, count, seed, size] = process.argv.slice(1);
+const [style, count, seed, size, often] = process.argv.slice(1);
 const name = style.replace(/-./g, (each) => each[1].toUpperCase());
 if (!styles[name]) throw new Error('no such style');
 console.log(JSON.stringify(styles[name].meta));
+const raised = {};
+for (const [key, value] of Object.entries(styles[name].schema?.properties ?? {})) {
+  if (key.endsWith('Probability') && value.default < +often) raised[key] = +often;
+}
 for (let i = 0; i < +count; i++) {
-  const face = createAvatar(styles[name], { seed: `${seed}-${i}`, size: +size });
+  const face = createAvatar(styles[name], { seed: `${seed}-${i}`, size: +size, ...raised });
   console.log(JSON.stringify({ svg: face.toString(), has: face.toJson().extra }));
 }
 """
 
 
-def _dicebear(folder: Path, seen: dict[str, Any], style: str, seed: int, pixels: int) -> Iterator[Any]:
-    """FACES portraits as {"svg": text, "has": attributes}, drawn by DiceBear's code, which node runs here."""
+def drawn_by_dicebear(
+    folder: Path, seen: dict[str, Any], style: str, seed: int, pixels: int, *, count: int = FACES, often: int = 0
+) -> Iterator[Any]:
+    """`count` portraits as {"svg": text, "has": attributes}, drawn by DiceBear's code, which node runs here.
+
+    Parts that a style draws in fewer than `often` percent of its portraits are drawn in that many.
+    """
     home = folder / f"dicebear-{DICEBEAR}"
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
@@ -282,7 +291,8 @@ def _dicebear(folder: Path, seen: dict[str, Any], style: str, seed: int, pixels:
                 (line for line in done.stderr.splitlines() if line.startswith("npm error")), "no reason"
             )
             raise FetchError(f"npm could not fetch {' and '.join(wanted)} ({said}): check the connection")
-    draw = [node, "--input-type=module", "-e", DRAW_FACES, "--", style, str(FACES), str(seed), str(pixels)]
+    draw = [node, "--input-type=module", "-e", DRAW_FACES, "--", style]
+    draw += map(str, (count, seed, pixels, often))
     with subprocess.Popen(draw, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
@@ -291,7 +301,11 @@ def _dicebear(folder: Path, seen: dict[str, Any], style: str, seed: int, pixels:
         about = json.loads(first)
         licence = {"license": about["license"]["name"], "style": style, "by": about["creator"]}
         seen["@dicebear/collection"] = {"version": DICEBEAR, **licence}
-        yield from map(json.loads, process.stdout)
+        try:
+            yield from map(json.loads, process.stdout)
+        except GeneratorExit:  # enough of them
+            process.kill()
+            raise
     if process.returncode:
         raise FetchError(f"node could not draw {style} faces (exit status {process.returncode})")
 
@@ -305,7 +319,7 @@ def _faces(read: Any, size: int, seed: int, style: str) -> tuple[np.ndarray, np.
     for number, face in enumerate(read(style, seed, 4 * size)):
         if number % 1000 == 0:
             print(f"drawing {style} faces: {number} of {FACES}", file=sys.stderr)
-        drawn = Image.fromarray(_rendered(face["svg"]))
+        drawn = Image.fromarray(rendered(face["svg"]))
         white = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
         image = np.asarray(white.resize((size, size), Image.Resampling.BOX))
         if image.tobytes() not in known:
@@ -377,10 +391,10 @@ def _render(icons: dict[str, Any], name: str, pixels: int) -> np.ndarray:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left} {top} {width} {height}" width="{pixels}" height="{pixels}">{body}</svg>'
     )
-    return _rendered(svg)
+    return rendered(svg)
 
 
-def _rendered(svg: str) -> np.ndarray:
+def rendered(svg: str) -> np.ndarray:
     """An SVG at its own width and height, uint8 [height, width, 4]."""
     try:
         import resvg_py

@@ -17,6 +17,9 @@ from sfumato.errors import SfumatoError
 
 VERBS = {
     "synthesize": "make a differentially private image set from sensitive images",
+    "personalize": "learn one style token from private images",
+    "render": "make pictures with a style token; costs no budget",
+    "style-bank": "make a bank of public styles for a model, for less noise",
     "generate": "make more images with a released model; costs no budget",
     "evaluate": "measure synthetic images against the real ones, for the owner's eyes",
     "audit": "find out what a generator memorised, for the owner's eyes",
@@ -27,7 +30,7 @@ VERBS = {
     "checks": "show versions and machine settings, and test the gradient engine here",
 }
 
-RESUMED = ("synthesize", "evaluate", "audit", "select")
+RESUMED = ("synthesize", "personalize", "evaluate", "audit", "select")
 
 # What libraries that are not written in Python say of a full disk, in exceptions of their own.
 FULL = ("No space left on device", "database or disk is full")
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f" Did you mean `sfumato {near[0]}`?" if near else " See `sfumato --help`."
         return _error(f"unknown verb {verb!r}; it is one of {', '.join(VERBS)}.{hint}")
     try:
-        return import_module(f"sfumato.cli.{verb}").run(arguments[1:])
+        return import_module(f"sfumato.cli.{verb.replace('-', '_')}").run(arguments[1:])
     except SfumatoError as error:
         return _error(str(error), error.exit_status)
     except KeyboardInterrupt:

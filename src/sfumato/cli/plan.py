@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from sfumato.cli.parsing import parse, say
 from sfumato.errors import InputError
+from sfumato.personalization.options import DEFAULT_DELTA
+from sfumato.personalization.options import Method as StyleMethod
 from sfumato.synthesis.options import Method, Preset, default_delta, seconds
 
 
@@ -27,8 +29,8 @@ class PlanOptions:
     delta: float | None = None
     """Probability δ with which the ε bound may fail. Default: 1/(n·ln n), n the units, never above n^-1.1."""
 
-    method: Method = "privimage"
-    """The method to plan for, as in `sfumato synthesize`."""
+    method: Method | StyleMethod = "privimage"
+    """The method to plan for, as in `sfumato synthesize` or `sfumato personalize`; of the latter for the embedded model."""
 
     preset: Preset | None = None
     """The settings to plan with, as in `sfumato synthesize`. Default: the demo's."""
@@ -72,6 +74,8 @@ def run(arguments: Sequence[str]) -> int:
     """Parse, measure this machine, plan, print."""
     options = parse(PlanOptions, "sfumato plan", arguments)
     options.check()
+    if options.method in get_args(StyleMethod):
+        return _style(options)
     from sfumato.machine import best_defaults
     from sfumato.privacy.budget import Budget, delta_warning
     from sfumato.synthesis.presets import preset_for
@@ -92,5 +96,16 @@ def run(arguments: Sequence[str]) -> int:
         say(f"  {line}")
     if warning := delta_warning(budget.delta, options.units):
         say(f"  note: {warning}")
+    say("No private data was read and no budget was spent.")
+    return 0
+
+
+def _style(options: PlanOptions) -> int:
+    from sfumato.personalization.plan import embedded_plan
+    from sfumato.privacy.budget import Budget
+
+    delta = options.delta if options.delta is not None else DEFAULT_DELTA
+    for line in embedded_plan(options.method, Budget(options.epsilon, delta), options.units):  # type: ignore[arg-type]
+        say(line)
     say("No private data was read and no budget was spent.")
     return 0

@@ -32,7 +32,7 @@ from sfumato.report.audit_figures import (
     skipped_name,
     threshold,
 )
-from sfumato.report.html import _render, strip
+from sfumato.report.html import render, strip
 from sfumato.report.redaction import redacted
 from sfumato.report.words import number
 
@@ -142,7 +142,7 @@ def _page(
         "seconds": _seconds(result.get("seconds") or {}),
         "number": number, "count": count, "percent": percent, "skipped_name": skipped_name,
     }  # fmt: skip
-    return _render("audit.html", page, owner=owner)
+    return render("audit.html", page, owner=owner)
 
 
 def _why_it_fails(result: Mapping[str, Any], policy: Mapping[str, Any]) -> str:

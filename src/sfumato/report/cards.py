@@ -12,7 +12,6 @@ from sfumato.report.words import RELATIONS, UNITS, claim, delta_claim, event_tex
 def card(facts: ReleaseFacts) -> str:
     """The release's README.md: what it is, what is promised, what it is for, its limits, how to load it."""
     import yaml
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from sfumato.report.certificate import statement
 
@@ -30,16 +29,7 @@ def card(facts: ReleaseFacts) -> str:
             f"sfumato-{facts.method}",
         ],
     }
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=False,  # Markdown, not HTML; `_cell` keeps names from breaking out of their place
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("card.md").render(
+    return markdown("card.md").render(
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
         facts=facts,
         statement=statement(certificate),
@@ -61,7 +51,23 @@ def card(facts: ReleaseFacts) -> str:
     )
 
 
-def _cell(value: object) -> str:
+def markdown(template: str) -> Any:
+    """A Markdown template of this folder."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=False,  # Markdown, not HTML; `cell` keeps names from breaking out of their place
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = cell
+    return environment.get_template(template)
+
+
+def cell(value: object) -> str:
     """Text that stays inside its table cell or sentence: no line breaks, no pipes, no markup."""
     text = " ".join(str(value).split())
     return "".join("\\" + character if character in "\\`*_[]<>|#" else character for character in text)

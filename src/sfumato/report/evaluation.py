@@ -12,7 +12,7 @@ import numpy as np
 
 from sfumato.data.images import OwnerOnly
 from sfumato.data.release import refuse_private
-from sfumato.report.html import _render, sheet, strip
+from sfumato.report.html import render, sheet, strip
 from sfumato.report.words import number
 
 Gallery = Sequence[tuple[str, np.ndarray, np.ndarray]]
@@ -73,7 +73,7 @@ def _page(summary: Mapping[str, Any], gallery: Any, points: Any, *, owner: bool)
         "labels_left_out": max(0, len(summary["label_names"] or ()) - len(gallery)) if gallery[0][0] else 0,
         "number": number,
     }  # fmt: skip
-    return _render("evaluation.html", page, owner=owner)
+    return render("evaluation.html", page, owner=owner)
 
 
 def _row(name: str, made: np.ndarray, real: np.ndarray) -> dict[str, Any]:

@@ -31,7 +31,7 @@ CLASSES_SHOWN = 52  # as many as fit across the page; all that were chosen are s
 
 def release_report(facts: ReleaseFacts) -> str:
     """The page that goes with a release; holds nothing but declared, public and paid-for values."""
-    return _render("report.html", _page(facts), owner=None)
+    return render("report.html", _page(facts), owner=None)
 
 
 def internal_report(facts: ReleaseFacts, owner: OwnerFacts) -> str:
@@ -67,7 +67,7 @@ def internal_report(facts: ReleaseFacts, owner: OwnerFacts) -> str:
         "notes": owner.notes,
         "stages": [(stage.name, f"{stage.seconds:,.0f} s", stage.detail) for stage in facts.stages],
     }
-    return _render("report.html", page, owner=own)
+    return render("report.html", page, owner=own)
 
 
 def strip(images: np.ndarray) -> dict[str, Any]:
@@ -102,12 +102,25 @@ def sheet(images: np.ndarray, columns: int = 10) -> dict[str, Any]:
 
 def _page(facts: ReleaseFacts) -> dict[str, Any]:
     """Everything the template needs, from the release's facts alone."""
-    certificate = facts.certificate
-    epsilon, delta = certificate["epsilon"], certificate["delta"]
-    unit = facts.unit
     return {
+        **guarantee(facts.certificate, facts.unit),
         "title": f"Synthetic images from {facts.private_description}",
         "facts": facts,
+        "samples": _samples(facts),
+        "last_stage": "the votes" if facts.method == "pe" else "DP-SGD",
+        "labels_left_out": max(0, len(facts.label_names) - LABELS_SHOWN) if facts.has_labels else 0,
+        "selection": _selection(facts),
+        "histogram": _histogram(facts),
+        "means": _means(facts),
+        "stages": [(stage.name, stage.detail) for stage in facts.stages],
+        "options": sorted(releasable_options(facts.options).items()),
+    }
+
+
+def guarantee(certificate: dict[str, Any], unit: str) -> dict[str, Any]:
+    """What guarantee.html and events.html say of a certificate, on every release's page."""
+    epsilon, delta = certificate["epsilon"], certificate["delta"]
+    return {
         "epsilon": claim(epsilon),
         "delta": delta_claim(delta),
         "spent_nothing": not any(reservation["events"] for reservation in certificate["reservations"]),
@@ -115,6 +128,7 @@ def _page(facts: ReleaseFacts) -> dict[str, Any]:
         "factor": _factor(epsilon),
         "guess": f"{_percent_up(guessing_limit(epsilon, delta))} %",
         "unit": UNITS.get(unit, unit),
+        "unit_word": unit,
         "numbers": _numbers(certificate, unit),
         "bars": _bars(certificate),
         "events": [
@@ -129,14 +143,6 @@ def _page(facts: ReleaseFacts) -> dict[str, Any]:
             )
             for reservation in certificate["reservations"]
         ],
-        "samples": _samples(facts),
-        "last_stage": "the votes" if facts.method == "pe" else "DP-SGD",
-        "labels_left_out": max(0, len(facts.label_names) - LABELS_SHOWN) if facts.has_labels else 0,
-        "selection": _selection(facts),
-        "histogram": _histogram(facts),
-        "means": _means(facts),
-        "stages": [(stage.name, stage.detail) for stage in facts.stages],
-        "options": sorted(releasable_options(facts.options).items()),
         "software": sorted(certificate.get("software", {}).items()),
         "ledger_head": certificate.get("ledger", {}).get("head", ""),
         "number": number,
@@ -301,7 +307,8 @@ def _means(facts: ReleaseFacts) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _render(template: str, page: dict[str, Any], **more: Any) -> str:
+def render(template: str, page: dict[str, Any], **more: Any) -> str:
+    """A template of this folder as self-contained HTML."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -26,7 +26,7 @@ from sfumato.privacy import selection
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.ledger import Ledger
 from sfumato.report.certificate import certificate, statement
-from sfumato.synthesis.answers import Answers
+from sfumato.privacy.answers import Answers
 
 
 @dataclass(frozen=True)

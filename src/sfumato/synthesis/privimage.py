@@ -36,7 +36,7 @@ from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.per_unit import Engine
 from sfumato.report.facts import Stage
 from sfumato.synthesis import public_images
-from sfumato.synthesis.answers import Answers
+from sfumato.privacy.answers import Answers
 from sfumato.synthesis.classifier import scores, train_query
 from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.planner import Plan, Speeds, make_plan, measure_speeds
