@@ -5,7 +5,8 @@
 The canary is a portrait of another style among n - 1 of the private one. In each round a fair coin decides whether it
 is in, the real mechanism releases a token, and two scores guess the coin: `direction`, which knows everything but the
 coin (the other images, the canary's own token) and looks along the canary's residual; and `loss`, the audit's
-membership score, the model's loss on the canary's pixels under the released token. From the right guesses follows a lower
+membership score, the model's loss on the canary's pixels under the released token. From the right guesses follows
+a lower
 bound on ε (Clopper-Pearson, 95 %; privacy rule 17: a low bound is no evidence of privacy). The published method without
 noise is shown beside ours.
 """
@@ -37,13 +38,17 @@ DRAWS = 64  # noise levels of the loss score, the same for every token
 
 def main() -> None:
     """Play, and write canary.json into --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="where portraits.py wrote its files")
     parser.add_argument("--out", type=Path, required=True, help="folder of benchmarks/personalize.py")
     parser.add_argument("--model", default="portraits")
     parser.add_argument("--bank", type=Path, default=embedded_folder() / "styles.safetensors")
     parser.add_argument("--rounds", type=int, default=1000)
-    parser.add_argument("--loss-rounds", type=int, default=400, help="rounds that the slower loss score plays")
+    parser.add_argument(
+        "--loss-rounds", type=int, default=400, help="rounds that the slower loss score plays"
+    )
     options = parser.parse_args()
     model, bank = TextToImage.open(options.model), StyleBank.load(options.bank)
     style, other = HELD_OUT[0], "big-smile"
@@ -65,7 +70,12 @@ def main() -> None:
             ledger = Ledger.open(options.out / f"canary-{n}-{here}.ledger.db", total=Budget(1e7, 0.9))
             worlds.append(
                 ProtectedImages(
-                    path, ledger=ledger, size=model.size, channels=3, public_size=n, cache_dir=options.out / "cache"
+                    path,
+                    ledger=ledger,
+                    size=model.size,
+                    channels=3,
+                    public_size=n,
+                    cache_dir=options.out / "cache",
                 )
             )
         for epsilon in EPSILONS:
@@ -84,11 +94,8 @@ def main() -> None:
 def _released(private: ProtectedImages, known: Known, shape: object, n: int, epsilon: float) -> np.ndarray:
     """One token by the real mechanism; for ε = ∞ with noise that is nothing (multiplier 1e-6)."""
     plan = _plan(shape, n, epsilon)
-    delta = DELTA if np.isfinite(epsilon) else 0.5
-    if np.isfinite(epsilon):
-        reservation = private.ledger.reserve("canary", plan.events, delta=delta)
-    else:
-        reservation = _Free()
+    finite = np.isfinite(epsilon)
+    reservation = private.ledger.reserve("canary", plan.events, delta=DELTA) if finite else _Free()
     noisy, _ = vector_mean(private, known, plan.mean(), reservation)  # type: ignore[arg-type]
     return shrunk(noisy, plan.geometry.center, plan)
 

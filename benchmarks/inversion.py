@@ -1,6 +1,6 @@
 """Textual inversion of many images at once, beside one image at a time: seconds per image and the tokens themselves.
 
-    python benchmarks/inversion.py [--images 158] [--steps 150] [--json FILE]
+    python benchmarks/inversion.py [--images 158] [--steps 60] [--json FILE]
 
 Three loops with the same model, steps, noise levels and prompts: ours (a batch of images, latents encoded once,
 gradients to the rows only), ours one image at a time, and the loop of the usual training script (one image at a time,
@@ -46,14 +46,19 @@ def usual(pipeline: Any, image: np.ndarray, anchor: torch.Tensor, plan: Inversio
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * (1 - 0.9 * step / plan.steps)
         with torch.no_grad():
-            latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+            found = pipeline.vae.encode(pixels)
+            latents = found.latents if hasattr(found, "latents") else found.latent_dist.mean
+            latents = latents * pipeline.vae.config.scaling_factor
         chosen = torch.randint(len(TEMPLATES), (plan.draws,), generator=source)
         times = (torch.arange(plan.draws) + torch.rand(plan.draws, generator=source)) * (levels / plan.draws)
         times = times.long().clamp_max(levels - 1)
         noise = torch.randn((plan.draws, *latents.shape[1:]), generator=source)
         texts = [TEMPLATES[i].format("<one>") for i in chosen]
         ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-        signal, spread = (alphas[times].sqrt().view(-1, 1, 1, 1), (1 - alphas[times]).sqrt().view(-1, 1, 1, 1))
+        signal, spread = (
+            alphas[times].sqrt().view(-1, 1, 1, 1),
+            (1 - alphas[times]).sqrt().view(-1, 1, 1, 1),
+        )
         made = pipeline.unet(signal * latents + spread * noise, times, encoder(ids)[0]).sample
         (made - (signal * noise - spread * latents)).square().mean().backward()
         optimizer.step()
@@ -65,11 +70,13 @@ def usual(pipeline: Any, image: np.ndarray, anchor: torch.Tensor, plan: Inversio
 
 def main() -> None:
     """Time the three loops in turn and compare their tokens."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="portraits")
     parser.add_argument("--images", type=int, default=158)
     parser.add_argument("--slow", type=int, default=4, help="images of the one-at-a-time loops")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)

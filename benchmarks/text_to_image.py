@@ -47,7 +47,9 @@ EACH = 600
 
 def main() -> None:
     """Train the classifiers, draw, count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
     parser.add_argument("--data", type=Path, default=cache, help="where portraits.py wrote its files")
     parser.add_argument("--model", default="portraits")
@@ -78,7 +80,9 @@ def main() -> None:
 
     def drawn(phrase: str, styles: list[int]) -> np.ndarray:
         prompts = [
-            f"a portrait {phrase}in the style of {PUBLIC[s].replace('-', '')}" for s in styles for _ in range(options.each)
+            f"a portrait {phrase}in the style of {PUBLIC[s].replace('-', '')}"
+            for s in styles
+            for _ in range(options.each)
         ]
         with torch.autocast("cpu", torch.bfloat16):
             return draw(pipeline, prompts, steps=options.steps, at_once=64)
@@ -89,7 +93,10 @@ def main() -> None:
         "asked": "the style", "real portraits": float((of_style.predict(known[test]) == style[test]).mean()),
         "with the word": float((seen == asked_style).mean()), "without it": 1 / len(PUBLIC),
     })  # fmt: skip
-    sheet = [np.concatenate(list(plain.reshape(len(PUBLIC), options.each, size, size, 3)[:, i]), 1) for i in range(4)]
+    sheet = [
+        np.concatenate(list(plain.reshape(len(PUBLIC), options.each, size, size, 3)[:, i]), 1)
+        for i in range(4)
+    ]
     for name, holds in ATTRIBUTES.items():
         truth = np.array([holds(each) for each in words])
         can = [s for s in range(len(PUBLIC)) if truth[style == s].mean() >= FEWEST]

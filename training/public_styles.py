@@ -22,7 +22,9 @@ EACH = 64
 
 def main() -> None:
     """Write one .npz."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
     parser.add_argument("--data", type=Path, default=cache, help="where portraits.py wrote its files")
     parser.add_argument("--out", type=Path, required=True)

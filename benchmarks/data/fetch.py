@@ -270,7 +270,14 @@ for (let i = 0; i < +count; i++) {
 
 
 def drawn_by_dicebear(
-    folder: Path, seen: dict[str, Any], style: str, seed: int, pixels: int, *, count: int = FACES, often: int = 0
+    folder: Path,
+    seen: dict[str, Any],
+    style: str,
+    seed: int,
+    pixels: int,
+    *,
+    count: int = FACES,
+    often: int = 0,
 ) -> Iterator[Any]:
     """`count` portraits as {"svg": text, "has": attributes}, drawn by DiceBear's code, which node runs here.
 

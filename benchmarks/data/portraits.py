@@ -62,7 +62,9 @@ def described(extra: dict[str, Any]) -> dict[str, str]:
     worn = " ".join(parts.get(key, "") for key in ("glasses", "accessories", "eyes"))
     if "glasses" in parts or re.search("glasses|shades", worn):
         said["glasses"] = "sunglasses" if re.search("sunglasses|shades", worn) else "glasses"
-    face = " ".join(parts.get(key, "") for key in ("beard", "facialHair", "mustache", "features", "accessories"))
+    face = " ".join(
+        parts.get(key, "") for key in ("beard", "facialHair", "mustache", "features", "accessories")
+    )
     if "mustache" in parts or re.search("m(o)?ustache|walrus", face):
         said["beard"] = "a moustache"
     elif "beard" in parts or "facialHair" in parts:
@@ -85,7 +87,10 @@ def described(extra: dict[str, Any]) -> dict[str, str]:
         said["mood"] = "smiling"
     elif re.search(SAD, mood):
         said["mood"] = "sad"
-    if (skin := parts.get("skinColor", parts.get("baseColor", ""))) and skin.strip("#") not in ("ffffff", "000000"):
+    if (skin := parts.get("skinColor", parts.get("baseColor", ""))) and skin.strip("#") not in (
+        "ffffff",
+        "000000",
+    ):
         red, green, blue = (int(skin.strip("#")[i : i + 2], 16) for i in (0, 2, 4))
         said["skin"] = "dark skin" if 0.3 * red + 0.59 * green + 0.11 * blue < 150 else "light skin"
     return said

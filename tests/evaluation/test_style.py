@@ -41,7 +41,9 @@ def test_the_interval_is_clopper_pearson():
     assert (score.value, round(score.low, 4), round(score.high, 4)) == (0.3, 0.0667, 0.6525)
 
 
-@pytest.mark.parametrize("broken", [np.full((5, 8), np.nan), np.zeros((5, 8)), np.ones((5, 3)), np.ones((0, 8))])
+@pytest.mark.parametrize(
+    "broken", [np.full((5, 8), np.nan), np.zeros((5, 8)), np.ones((5, 3)), np.ones((0, 8))]
+)
 def test_unusable_features_are_refused(broken):
     with np.errstate(all="ignore"), pytest.raises(InputError):
         style_score(broken, blobs(50, 0, 3), OTHERS, WHICH)

@@ -26,26 +26,6 @@ def anchor_of(model):
     return model.token_of("art")
 
 
-def latents_of(model, count, style=0):
-    return torch.cat([model.latents(image[None]) for image in tiny.pictures(count, model.size, style=style)])
-
-
-def loss_under(model, latents, tokens, draws=32):
-    """Mean loss of each image under its own token, over noise that training has not seen."""
-    source = torch.Generator().manual_seed(99)
-    out = []
-    with torch.no_grad():
-        for row in range(len(latents)):
-            noise = torch.randn((draws, *latents.shape[1:]), generator=source)
-            times = torch.randint(len(model.alphas), (draws,), generator=source)
-            chosen = torch.randint(len(TEMPLATES), (draws,), generator=source)
-            ids = [tower[chosen] for tower in model.prompts()]
-            tokens_ = torch.as_tensor(tokens[row]).float().expand(draws, -1)
-            many = latents[row : row + 1].expand(draws, -1, -1, -1)
-            out.append(float(model.losses(many, noise, times, ids, tokens_).mean()))
-    return np.array(out)
-
-
 class Counted:
     """A model that counts how often its loss is asked for."""
 
@@ -67,11 +47,11 @@ class Counted:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls(model_of, kind, vectors):
     model = model_of(kind, vectors)
-    latents, anchor = latents_of(model, 3), anchor_of(model)
+    latents, anchor = tiny.latents_of(model, 3), anchor_of(model)
     tokens = invert(model, latents, anchor, InversionPlan(steps=20, draws=4, learning_rate=0.1))
     assert tokens.shape == (3, model.dimension) and tokens.dtype == np.float64 and np.isfinite(tokens).all()
-    before = loss_under(model, latents, anchor.expand(3, -1))
-    after = loss_under(model, latents, tokens)
+    before = tiny.loss_under(model, latents, anchor.expand(3, -1))
+    after = tiny.loss_under(model, latents, tokens)
     assert (after < 0.995 * before).all(), (before, after)
     assert len({token.tobytes() for token in tokens}) == 3
 
@@ -79,7 +59,7 @@ def test_the_loss_falls(model_of, kind, vectors):
 def test_the_first_step_is_adams_along_the_gradient_of_the_mean_over_draws(model_of):
     """Against a gradient computed by hand: Adam's first step is the learning rate, against the gradient's sign."""
     model, plan = model_of("sd1"), InversionPlan(steps=10, draws=3, learning_rate=0.02, seed=5)
-    latents, anchor = latents_of(model, 2), anchor_of(model)
+    latents, anchor = tiny.latents_of(model, 2), anchor_of(model)
     source = torch.Generator().manual_seed(5)
     chosen = torch.randint(len(TEMPLATES), (3,), generator=source)
     times = ((torch.arange(3) + torch.rand(3, generator=source)) * (1000 / 3)).long()
@@ -97,7 +77,7 @@ def test_the_first_step_is_adams_along_the_gradient_of_the_mean_over_draws(model
 
 def test_it_repeats_and_the_seed_matters(model_of):
     model = model_of("sd1")
-    latents, anchor = latents_of(model, 2), anchor_of(model)
+    latents, anchor = tiny.latents_of(model, 2), anchor_of(model)
     torch.manual_seed(1)
     first = invert(model, latents, anchor, SHORT)
     torch.manual_seed(2)
@@ -112,8 +92,8 @@ def test_nothing_but_the_rows_is_trained(model_of):
         before = [p.clone() for part in parts for p in part.parameters()]
         anchor = anchor_of(model)
         kept = anchor.clone()
-        invert(model, latents_of(model, 2), anchor, SHORT)
-        invert_style(model, latents_of(model, 2), torch.tensor([0, 1]), 2, anchor, SHORT)
+        invert(model, tiny.latents_of(model, 2), anchor, SHORT)
+        invert_style(model, tiny.latents_of(model, 2), torch.tensor([0, 1]), 2, anchor, SHORT)
         after = [p for part in parts for p in part.parameters()]
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
         assert all(p.grad is None and not p.requires_grad for p in after)
@@ -261,13 +241,13 @@ def test_tokens_of_another_model_are_not_reused(kept, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_public_style_gets_a_token_that_its_images_fit(model_of, kind):
     model = model_of(kind)
-    latents = torch.cat([latents_of(model, 4, style=0), latents_of(model, 4, style=1)])
+    latents = torch.cat([tiny.latents_of(model, 4, style=0), tiny.latents_of(model, 4, style=1)])
     style = torch.tensor([0] * 4 + [1] * 4)
     plan, anchor = InversionPlan(steps=20, draws=4, learning_rate=0.1), anchor_of(model)
     tokens = invert_style(model, latents, style, 2, anchor, plan)
     assert tokens.shape == (2, model.dimension) and tokens.dtype == np.float64
-    before = loss_under(model, latents, anchor.expand(8, -1))
-    after = loss_under(model, latents, tokens[style.numpy()])
+    before = tiny.loss_under(model, latents, anchor.expand(8, -1))
+    after = tiny.loss_under(model, latents, tokens[style.numpy()])
     assert (after < 0.998 * before).all()
     assert np.array_equal(invert_style(model, latents, style, 2, anchor, plan), tokens)
     # only its own images teach a style's token
@@ -280,12 +260,14 @@ def test_each_public_style_gets_a_token_that_its_images_fit(model_of, kind):
 
 def test_many_styles_go_through_the_model_in_parts(model_of):
     model = Counted(model_of("sd1"))
-    latents, anchor = latents_of(model, 3), anchor_of(model)
+    latents, anchor = tiny.latents_of(model, 3), anchor_of(model)
     plan = InversionPlan(steps=1, draws=2, learning_rate=0.05)
     latents = latents.repeat(50, 1, 1, 1)
     tokens = invert_style(model, latents, torch.arange(150), 150, anchor, plan)
     assert model.calls == 2 and np.isfinite(tokens).all()
-    assert (np.abs(tokens - anchor.numpy()).max(1) > 0.04).all()  # a step of Adam for each, also in the second part
+    assert (
+        np.abs(tokens - anchor.numpy()).max(1) > 0.04
+    ).all()  # a step of Adam for each, also in the second part
 
 
 # --- refusals

@@ -8,7 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DModel,
+)
 from PIL import Image
 
 from sfumato.errors import InputError
@@ -70,7 +77,11 @@ def some_tokens(model, count, seed=0):
 def test_the_tiny_pipelines_are_whole_stock_pipelines(stock, kind):
     pipeline = stock(kind)
     made = pipeline("a portrait in the style of art", num_inference_steps=2, output_type="np").images
-    assert made.shape == (1, *[32 if kind == "sd2" else 16] * 2, 3) and np.isfinite(made).all() and made.std() > 0
+    assert (
+        made.shape == (1, *[32 if kind == "sd2" else 16] * 2, 3)
+        and np.isfinite(made).all()
+        and made.std() > 0
+    )
 
 
 @pytest.mark.parametrize("vectors", [1, 2])
@@ -107,7 +118,10 @@ def test_every_row_of_a_batch_has_a_token_of_its_own(model_of, kind):
         for row in range(4):
             alone = model.conditions([given[row : row + 1] for given in ids], tokens[row : row + 1])
             torch.testing.assert_close(
-                together["encoder_hidden_states"][row], alone["encoder_hidden_states"][0], atol=1e-5, rtol=1e-5
+                together["encoder_hidden_states"][row],
+                alone["encoder_hidden_states"][0],
+                atol=1e-5,
+                rtol=1e-5,
             )
     assert (together["encoder_hidden_states"][0] - together["encoder_hidden_states"][1]).abs().max() > 1e-2
 
@@ -179,6 +193,22 @@ def test_latents_are_those_of_the_pipelines_own_preparation(model_of, stock, kin
     )
 
 
+def test_the_light_autoencoder_serves_as_well(folder_of):
+    """AutoencoderTiny (TAESD) has neither a distribution nor a deterministic mean to ask for."""
+    torch.manual_seed(0)
+    pipeline = DiffusionPipeline.from_pretrained(str(folder_of("sd1")), safety_checker=None)
+    pipeline.vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3, num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1), latent_channels=4, scaling_factor=0.5, shift_factor=0.25,
+    )  # fmt: skip
+    model = TextToImage(pipeline)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    with torch.no_grad():
+        expected = pipeline.vae.encode(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).latents
+    assert model.size == 32 and expected.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(model.latents(images), (expected - 0.25) * 0.5, atol=1e-5, rtol=1e-5)
+
+
 # --- what a token is
 
 
@@ -219,8 +249,13 @@ def test_everything_is_frozen_and_in_eval_mode(model_of):
             assert not part.training and not any(p.requires_grad for p in part.parameters())
 
 
-def test_the_fingerprint_changes_with_one_weight_of_any_part_that_gives_a_token_its_meaning(folder_of, model_of):
-    for kind, parts in (("sd1", ("text_encoder", "unet")), ("sdxl", ("text_encoder", "text_encoder_2", "unet"))):
+def test_the_fingerprint_changes_with_one_weight_of_any_part_that_gives_a_token_its_meaning(
+    folder_of, model_of
+):
+    for kind, parts in (
+        ("sd1", ("text_encoder", "unet")),
+        ("sdxl", ("text_encoder", "text_encoder_2", "unet")),
+    ):
         before = model_of(kind).fingerprint
         assert TextToImage(open_pipeline(str(folder_of(kind))), vectors=2).fingerprint == before
         for name in parts:
@@ -277,7 +312,8 @@ def test_a_folder_or_file_that_is_no_pipeline_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"[1]", b'"text"', b"7", b"null", b"{}", b"\xff\xfe\x00", b'{"unet": ["a", "b"]}']
+    "content",
+    [b"", b"{", b"[]", b"[1]", b'"text"', b"7", b"null", b"{}", b"\xff\xfe\x00", b'{"unet": ["a", "b"]}'],
 )
 def test_a_damaged_index_is_refused(copied, content):
     folder = copied("sd1")

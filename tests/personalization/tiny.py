@@ -18,6 +18,8 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sfumato.personalization.text_to_image import TEMPLATES
+
 LENGTH = 24
 WORDS = ("a", "art", "in", "of", "portrait", "style", "the")
 
@@ -89,7 +91,9 @@ def tiny_sd1(folder: Path, *, seed: int = 0) -> Path:
     """SD 1.x: epsilon, one text encoder. 16 x 16 pixels."""
     torch.manual_seed(seed)
     words = tokenizer()
-    return _saved(folder, words, text_encoder(words, 16), unet(8, 16), vae(16, 2), noise_schedule(clip_sample=False))
+    return _saved(
+        folder, words, text_encoder(words, 16), unet(8, 16), vae(16, 2), noise_schedule(clip_sample=False)
+    )
 
 
 def tiny_sd2(folder: Path, *, seed: int = 0) -> Path:
@@ -141,3 +145,23 @@ def pictures(count: int, side: int = 16, *, seed: int = 0, style: int = 0) -> np
     bright = images[:, ::4] if style == 0 else images[:, :, ::4]
     bright[..., 2 * style] += 180
     return images.astype(np.uint8)
+
+
+def latents_of(model, count, style=0):
+    return torch.cat([model.latents(image[None]) for image in pictures(count, model.size, style=style)])
+
+
+def loss_under(model, latents, tokens, draws=32):
+    """Mean loss of each image under its own token, over noise that training has not seen."""
+    source = torch.Generator().manual_seed(99)
+    out = []
+    with torch.no_grad():
+        for row in range(len(latents)):
+            noise = torch.randn((draws, *latents.shape[1:]), generator=source)
+            times = torch.randint(len(model.alphas), (draws,), generator=source)
+            chosen = torch.randint(len(TEMPLATES), (draws,), generator=source)
+            ids = [tower[chosen] for tower in model.prompts()]
+            tokens_ = torch.as_tensor(tokens[row]).float().expand(draws, -1)
+            many = latents[row : row + 1].expand(draws, -1, -1, -1)
+            out.append(float(model.losses(many, noise, times, ids, tokens_).mean()))
+    return np.array(out)

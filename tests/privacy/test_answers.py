@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from sfumato.errors import BudgetError, LedgerError
+from sfumato.privacy.answers import Answers
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.mechanisms import label_histogram_event
-from sfumato.privacy.answers import Answers
 
 EVENT = label_histogram_event(2.0)
 

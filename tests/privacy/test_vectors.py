@@ -53,8 +53,9 @@ class Table:
         self._rows = rows[np.arange(256) % len(rows)]
 
     def __call__(self, images: np.ndarray, steps: int | None = None) -> np.ndarray:
-        if steps is None:
-            self.seen.append(images.copy())
+        if steps is not None:  # the self-test's random images: something of their own
+            return np.repeat(images.reshape(len(images), -1).mean(1, keepdims=True), self.dimension, axis=1)
+        self.seen.append(images.copy())
         return self._rows[images[:, 0, 0, 0]]
 
 

@@ -30,7 +30,8 @@ class PlanOptions:
     """Probability δ with which the ε bound may fail. Default: 1/(n·ln n), n the units, never above n^-1.1."""
 
     method: Method | StyleMethod = "privimage"
-    """The method to plan for, as in `sfumato synthesize` or `sfumato personalize`; of the latter for the embedded model."""
+    """The method to plan for, as in `sfumato synthesize` or `sfumato personalize`; of the latter for the "
+    "embedded model."""
 
     preset: Preset | None = None
     """The settings to plan with, as in `sfumato synthesize`. Default: the demo's."""

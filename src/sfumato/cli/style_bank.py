@@ -15,6 +15,9 @@ def run(arguments: Sequence[str]) -> int:
     from sfumato.personalization.make_bank import make_bank
 
     bank = make_bank(options)
-    say(f"{len(bank.names)} styles, {bank.basis.shape[1]} directions, clip radius {bank.radius(bank.directions(None)):.3g}")
+    say(
+        f"{len(bank.names)} styles, {bank.basis.shape[1]} directions, clip radius "
+        f"{bank.radius(bank.directions(None)):.3g}"
+    )
     say(f"style bank: {options.out}")
     return 0

@@ -178,6 +178,11 @@ class ProtectedImages:
                     self._source.spec, f"gives no group_id for '{where}'", "add it, or use --unit image"
                 )
             self._units = Units(cached.groups)
+            if len(self._units) < 2:
+                raise bad_source(
+                    self._source.spec, "has one group only, and nothing may be learnt from one unit",
+                    "give images of several groups, or use --unit image",
+                )  # fmt: skip
         else:
             self._units = Units(len(cached.images))
 

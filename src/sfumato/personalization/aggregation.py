@@ -64,7 +64,11 @@ class Geometry:
 
 
 def geometry(
-    method: Method, anchor: np.ndarray, vocabulary: np.ndarray, bank: StyleBank | None, directions: int | None = None
+    method: Method,
+    anchor: np.ndarray,
+    vocabulary: np.ndarray,
+    bank: StyleBank | None,
+    directions: int | None = None,
 ) -> Geometry:
     """The method's geometry. anchor: [D]; vocabulary: [V, D], the model's own tokens, which tell the radius where
     there is no bank; directions: how many of the bank's to use (all by default)."""
@@ -149,7 +153,8 @@ def make_plan(
         raise InputError("dp-sgd has a plan of its own")
     if (method == "selection" or select) and candidates < 2:
         raise InputError(
-            "choosing among public styles needs a style bank of two or more; no budget was spent. Give --subspace, made "
+            "choosing among public styles needs a style bank of two or more; no budget was spent. Give "
+            "--subspace, made "
             "by `sfumato style-bank`"
         )
     if method == "selection":
@@ -174,7 +179,9 @@ def what_would_do(plan: Plan, budget: Budget) -> tuple[int, float]:
     assert plan.noise_multiplier is not None
     voted = plan.selection_epsilon is not None
     shape, sampled = plan.geometry, plan.sampling_probability
-    allowed = TOO_NOISY * shape.signal / (shape.radius * math.sqrt(shape.directions))  # noise multiplier, for one unit
+    allowed = (
+        TOO_NOISY * shape.signal / (shape.radius * math.sqrt(shape.directions))
+    )  # noise multiplier, for one unit
 
     def cost(units: float, price: float | None) -> float:
         noise = allowed * max(1.0, units * sampled)

@@ -52,23 +52,23 @@ class TokenNet(nn.Module):
         super().__init__()
         self.rows = nn.Embedding(1, model.dimension)
         self.rows.weight.data.copy_(anchor.float()[None])
-        self._model = [model]  # in a list: its frozen parameters are not this network's
+        self._losses = lambda *given: model.losses(
+            *given
+        )  # frozen: not this network's, and not copied with it
         self._prompts = model.prompts(TEMPLATES)
 
     def forward(self, latents: Tensor, noise: Tensor, times: Tensor, template: Tensor) -> Tensor:
         """Everything has R rows; template int64 [R] is a position in `TEMPLATES`."""
         tokens = self.rows(torch.zeros_like(template))
         ids = [tower[template] for tower in self._prompts]
-        return self._model[0].losses(latents, noise, times, ids, tokens)
+        return self._losses(latents, noise, times, ids, tokens)
 
 
 def token_rows(model: TextToImage) -> Callable[[Tensor, Tensor, torch.Generator], dict[str, Tensor]]:
     """`make_rows` of DP-SGD: images in [-1, 1] to latents, each with noise, a level and a prompt of its own."""
 
     def make(images: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        with torch.no_grad():
-            latents = torch.cat([model.vae.encode(image[None]).latent_dist.mean for image in images])
-            latents = latents * model.vae.config.scaling_factor
+        latents = torch.cat([model.encoded(image[None]) for image in images])
         rows, device = len(images), images.device
         return {
             "latents": latents,

@@ -1,7 +1,7 @@
 """Token files that stock diffusers loads, and pictures drawn with stock diffusers.
 
-`learned_embeds.safetensors` holds exactly one key, {token: float32 [v, width]} (load_textual_inversion refuses more); for
-SDXL `learned_embeds_2.safetensors` holds the second text encoder's rows. The certificate is in the files' header.
+`learned_embeds.safetensors` holds exactly one key, {token: float32 [v, width]} (load_textual_inversion refuses more);
+for SDXL `learned_embeds_2.safetensors` holds the second text encoder's rows. The certificate is in the files' header.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def check_new(pipeline: Any, token: str, vectors: int) -> None:
         known = {} if tokenizer is None else tokenizer.get_vocab()
         if any(name in known or f"{name}</w>" in known for name in names):
             raise InputError(
-                f"--token {token!r} is already in the model's vocabulary, and prompts with it would mean something else; no "
-                f"budget was spent. Choose another, such as \"<my-{token.strip('<>')}>\""
+                f"--token {token!r} is already in the model's vocabulary, and prompts with it would mean "
+                "something else; no "
+                f'budget was spent. Choose another, such as "<my-{token.strip("<>")}>"'
             )
 
 
@@ -40,7 +41,9 @@ def write_token(folder: Path, token: str, rows: Sequence[np.ndarray], header: di
     paths = []
     for name, values in zip(FILES, rows, strict=False):
         path = folder / name
-        metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+        metadata = {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()
+        }
         save_file({token: np.ascontiguousarray(values, np.float32)}, path, metadata=metadata)
         paths.append(path)
     return paths
@@ -88,7 +91,8 @@ def load_token(pipeline: Any, path: Path) -> str:
         width = encoder.get_input_embeddings().weight.shape[1]
         if values.shape[1] != width:
             raise InputError(
-                f"--token-file {file} has rows of {values.shape[1]} numbers, and the model's have {width}: it was learnt for "
+                f"--token-file {file} has rows of {values.shape[1]} numbers, and the model's have {width}: it was "
+                "learnt for "
                 "another model"
             )
         pipeline.load_textual_inversion(

@@ -31,9 +31,9 @@ class InversionPlan:
     """steps: of Adam. draws: noise levels per image and step, spread over the schedule. learning_rate: of Adam, with
     a linear fall to a tenth. batch_size: images at once; a speed knob. seed: of public randomness."""
 
-    steps: int = 150
+    steps: int = 60
     draws: int = 2
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
     batch_size: int = 32
     seed: int = 0
 
@@ -54,7 +54,13 @@ class Inversion:
     """
 
     def __init__(
-        self, model: TextToImage, anchor: Tensor, plan: InversionPlan, *, kept: Path | None = None, total: int = 0
+        self,
+        model: TextToImage,
+        anchor: Tensor,
+        plan: InversionPlan,
+        *,
+        kept: Path | None = None,
+        total: int = 0,
     ) -> None:
         self.model, self.anchor, self.plan, self.kept = model, anchor, plan, kept
         self.dimension, self.batch_size = model.dimension, plan.batch_size
@@ -135,10 +141,10 @@ def invert_style(
     for step in range(plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * (1 - 0.9 * step / plan.steps)
-        picked = torch.cat(
-            [own[torch.randint(len(own), (plan.draws,), generator=source)] for own in members]
+        picked = torch.cat([own[torch.randint(len(own), (plan.draws,), generator=source)] for own in members])
+        times = (torch.arange(plan.draws) + torch.rand(count, plan.draws, generator=source)) * (
+            levels / plan.draws
         )
-        times = (torch.arange(plan.draws) + torch.rand(count, plan.draws, generator=source)) * (levels / plan.draws)
         chosen = torch.randint(len(TEMPLATES), (len(rows),), generator=source).to(model.device)
         noise = torch.randn((len(rows), *latents.shape[1:]), generator=source).to(model.device)
         for start in range(0, len(rows), 256):

@@ -30,12 +30,16 @@ def make_bank(options: StyleBankOptions) -> StyleBank:
     out.parent.mkdir(parents=True, exist_ok=True)
     defaults = best_defaults()
     torch.set_num_threads(defaults.threads)
-    model = TextToImage(open_pipeline(options.model), vectors=options.vectors, device=defaults.device)
+    model = TextToImage(
+        open_pipeline(options.model), vectors=options.vectors, device=defaults.device,
+        autocast=defaults.public_dtype == "bfloat16",
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="sfumato-style-bank-") as cache:
         public = PublicImages(options.styles, size=model.size, channels=3, cache_dir=Path(cache))
         if public.label_names is None or len(public.label_names) < FEWEST_STYLES:
             raise InputError(
-                f"{options.styles} has fewer than {FEWEST_STYLES} styles: give one folder of public images for each style, ten "
+                f"{options.styles} has fewer than {FEWEST_STYLES} styles: give one folder of public images for "
+                "each style, ten "
                 "or more"
             )
         images, labels = np.asarray(public.images), np.asarray(public.labels)

@@ -1,4 +1,5 @@
-"""Options of `sfumato personalize`, `render` and `style-bank`: the fields are the command line, the docstrings its help."""
+"""Options of `sfumato personalize`, `render` and `style-bank`: the fields are the command line, the docstrings "
+"its help."""
 
 from __future__ import annotations
 
@@ -47,13 +48,15 @@ class PersonalizeOptions:
     """Probability δ with which the ε bound may fail; has to be well below 1 / number of units."""
 
     method: Method = "dpagg-ti"
-    """dpagg-ti: one token per image, their noisy mean about a public anchor, along public directions of style, shrunk by
+    """dpagg-ti: one token per image, their noisy mean about a public anchor, along public directions of style,
+    shrunk by
     the known noise. mean: in all directions, unshrunk. paper: DPAgg-TI as published. selection: the public style most
     images are nearest to; for very few images. dp-sgd: one token trained on all images with noise at every step."""
 
     anchor: str | None = None
     """What private tokens are measured from: a word of the model's vocabulary, such as art; `bank` for the mean of the
-    public styles; `nearest` for the public style that most private images are nearest to, chosen with a part of ε. Default:
+    public styles; `nearest` for the public style that most private images are nearest to, chosen with a part of ε.
+    Default:
     bank where there is one, else art."""
 
     subspace: str | None = None
@@ -67,15 +70,16 @@ class PersonalizeOptions:
     """What is protected as a whole: each image by itself, or all images of one `group_id` (an artist, a client)."""
 
     public_size: int | None = None
-    """Number of units, when it is no secret. Default: taken as secret, and a noisy count is bought with a tenth of ε."""
+    """Number of units, when it is no secret. Default: taken as secret, and a noisy count is bought with a tenth "
+    "of ε."""
 
     vectors: int = 1
     """Rows of the token; more hold more of a style, and more noise. A style bank fixes it."""
 
-    steps: int = 150
+    steps: int = 60
     """Training steps of each image's token."""
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
     """Learning rate of each image's token (Adam)."""
 
     batch_size: int = 32
@@ -112,7 +116,8 @@ class PersonalizeOptions:
         check_token(self.token)
         if size is not None and self.delta >= 1 / size:
             raise InputError(
-                f"--delta {self.delta:g} is too large for {size} units: with a δ of 1/{size} a release could publish one of "
+                f"--delta {self.delta:g} is too large for {size} units: with a δ of 1/{size} a release could "
+                "publish one of "
                 "them outright; no budget was spent. Leave it out, or choose it far below that"
             )
         if self.anchor == "nearest" and self.method in ("paper", "dp-sgd", "selection"):
@@ -125,7 +130,11 @@ class PersonalizeOptions:
         """`out`, or runs/NAME-epsE made from the private images' name and ε."""
         if self.out is not None:
             return self.out
-        name = re.sub(r"[^A-Za-z0-9]+", "-", self.images.rstrip("/").split("/")[-1].split(".")[0]).strip("-").lower()
+        name = (
+            re.sub(r"[^A-Za-z0-9]+", "-", self.images.rstrip("/").split("/")[-1].split(".")[0])
+            .strip("-")
+            .lower()
+        )
         return f"runs/{name or 'images'}-eps{self.epsilon:g}"
 
     @property
@@ -206,13 +215,13 @@ class StyleBankOptions:
     directions: int = 16
     """Directions to keep, at most as many as there are styles."""
 
-    images_per_style: int = 8
+    images_per_style: int = 4
     """Single images of each style that get a token of their own: from these come the clip radius and the shrinkage."""
 
-    steps: int = 150
+    steps: int = 60
     """Training steps of each token; `personalize` should use as many."""
 
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
     """Learning rate (Adam); `personalize` should use the same."""
 
     batch_size: int = 32
@@ -232,7 +241,7 @@ def check_token(token: str) -> None:
     """Refuse what cannot be one word of a prompt (InputError)."""
     if not _TOKEN.fullmatch(token):
         raise InputError(
-            f"--token {token!r} is not one word: no budget was spent. Write it like \"<my-style>\", without spaces"
+            f'--token {token!r} is not one word: no budget was spent. Write it like "<my-style>", without spaces'
         )
 
 

@@ -1,4 +1,5 @@
-"""What a budget buys for a style: noise beside what a style usually is, and what would be enough. Reads nothing private."""
+"""What a budget buys for a style: noise beside what a style usually is, and what would be enough. Reads nothing "
+"private."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ from sfumato.privacy.budget import Budget, delta_warning
 
 
 def plan_lines(
-    method: Method, budget: Budget, units: int, anchor: np.ndarray, vocabulary: np.ndarray, bank: StyleBank | None
+    method: Method,
+    budget: Budget,
+    units: int,
+    anchor: np.ndarray,
+    vocabulary: np.ndarray,
+    bank: StyleBank | None,
 ) -> list[str]:
     """The plan of `sfumato personalize` in words."""
     lines = []
@@ -27,7 +33,9 @@ def plan_lines(
         shape = geometry(method, anchor, vocabulary, bank)
         made = make_plan(method, budget, units, shape, candidates=candidates)
         if made.noise_multiplier is None:
-            lines.append(f"{method}: one vote for each unit among {candidates} public styles, ε {budget.epsilon:g} and δ 0")
+            lines.append(
+                f"{method}: one vote for each unit among {candidates} public styles, ε {budget.epsilon:g} and δ 0"
+            )
         else:
             lines.append(
                 f"{method}: noise multiplier {made.noise_multiplier:.4g} on {shape.directions} numbers, clip radius "
@@ -35,7 +43,9 @@ def plan_lines(
             )
             enough, epsilon = what_would_do(made, budget)
             verdict = "enough" if made.noise_share <= TOO_NOISY else "NOT ENOUGH"
-            lines.append(f"{verdict}: it takes {enough} units at this ε, or ε {epsilon:.2g} with {units} units")
+            lines.append(
+                f"{verdict}: it takes {enough} units at this ε, or ε {epsilon:.2g} with {units} units"
+            )
     if warning := delta_warning(budget.delta, units):
         lines.append(f"note: {warning}")
     return lines
@@ -44,7 +54,8 @@ def plan_lines(
 def embedded_plan(method: Method, budget: Budget, units: int) -> list[str]:
     """The plan for the embedded model and its bank."""
     bank = StyleBank.load(embedded_folder() / "styles.safetensors")
-    return plan_lines(method, budget, units, bank.anchor.astype(np.float64), bank.tokens, bank) + [
+    return [
+        *plan_lines(method, budget, units, bank.anchor.astype(np.float64), bank.tokens, bank),
         f"for the embedded model ({EMBEDDED}); another model's figures come from its own style bank, with `sfumato "
-        "personalize … --dry-run`"
+        "personalize … --dry-run`",
     ]

@@ -94,7 +94,9 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
         return done
     defaults = best_defaults()
     torch.set_num_threads(defaults.threads)
-    public = _public(options, defaults.device)
+    public = _public(
+        options, defaults.device, defaults.public_dtype == "bfloat16" and options.method != "dp-sgd"
+    )
     if options.dry_run:
         _dry_run(options, public)
         return None
@@ -102,7 +104,9 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
     if options.public_size is not None:  # what can be refused is, before anything is opened or written
         _planned(options, budget, float(options.public_size), public)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "config.yaml", yaml.safe_dump(_values(options), sort_keys=False, allow_unicode=True).encode())
+    write_whole(
+        out / "config.yaml", yaml.safe_dump(_values(options), sort_keys=False, allow_unicode=True).encode()
+    )
     ledger = _ledger(options, budget)
     internal = InternalWriter(out)
     private = ProtectedImages(
@@ -111,7 +115,9 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
     )  # fmt: skip
     if private.skipped.value:
         internal.json("skipped.json", private.skipped)
-        _say(f"left out {len(private.skipped.value)} unreadable file(s), listed in {internal.path / 'skipped.json'}")
+        _say(
+            f"left out {len(private.skipped.value)} unreadable file(s), listed in {internal.path / 'skipped.json'}"
+        )
     answers = Answers(internal.directory("checkpoints"))
     try:
         units, left = _units(options, private, answers, budget, ledger)
@@ -121,7 +127,9 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
         if not answers.reservations:
             raise
         raise InputError(
-            str(error).replace("no budget was spent", "nothing was spent but what `sfumato ledger show` lists")
+            str(error).replace(
+                "no budget was spent", "nothing was spent but what `sfumato ledger show` lists"
+            )
         ) from None
     except BudgetError:
         _drop_unused(out, ledger)
@@ -140,7 +148,7 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
     return done
 
 
-def _public(options: PersonalizeOptions, device: str) -> _Public:
+def _public(options: PersonalizeOptions, device: str, autocast: bool) -> _Public:
     """Model, bank and anchor; refuses what does not fit together."""
     pipeline = open_pipeline(options.model)
     check_new(pipeline, options.token, options.vectors)
@@ -149,13 +157,16 @@ def _public(options: PersonalizeOptions, device: str) -> _Public:
         bank = StyleBank.load(options.subspace)
     elif options.model == EMBEDDED and (embedded_folder() / BANK).exists() and options.vectors == 1:
         bank = StyleBank.load(embedded_folder() / BANK)
-    model = TextToImage(pipeline, vectors=options.vectors, device=device)
+    model = TextToImage(pipeline, vectors=options.vectors, device=device, autocast=autocast)
     if bank is not None:
-        bank.check(model.fingerprint, model.dimension, model.vectors, options.subspace or "the embedded style bank")
+        bank.check(
+            model.fingerprint, model.dimension, model.vectors, options.subspace or "the embedded style bank"
+        )
     wanted = options.anchor or ("bank" if bank is not None else "art")
     if wanted in ("bank", "nearest") and bank is None:
         raise InputError(
-            f"--anchor {wanted} needs public styles; no budget was spent. Give --subspace, made by `sfumato style-bank`, or a "
+            f"--anchor {wanted} needs public styles; no budget was spent. Give --subspace, made by `sfumato "
+            "style-bank`, or a "
             "word as the anchor"
         )
     if options.method == "selection" and bank is None:
@@ -186,8 +197,10 @@ def _planned(options: PersonalizeOptions, budget: Budget, units: float, public: 
     if options.method in ("dpagg-ti", "mean") and plan.noise_share > TOO_NOISY:
         enough, epsilon = what_would_do(plan, budget)
         raise InputError(
-            f"{units:.0f} {options.unit}s are too few for ε {budget.epsilon:g}: the noise would be {plan.noise_share:.1f} times "
-            f"as long as what a style usually is; no budget was spent. {enough} {options.unit}s would do at this ε, or ε "
+            f"{units:.0f} {options.unit}s are too few for ε {budget.epsilon:g}: the noise would be "
+            f"{plan.noise_share:.1f} times "
+            f"as long as what a style usually is; no budget was spent. {enough} {options.unit}s would do at this "
+            "ε, or ε "
             f"{epsilon:.2g} with these; or try --method selection, or fewer --directions (`sfumato plan` shows more)"
         )
     return plan
@@ -205,7 +218,8 @@ def _units(
         ):  # fmt: skip
             if wanted > there * slack:
                 raise BudgetError(
-                    f"{option} {wanted:g} is more than {options.ledger_url} has left ({there:.6g}); no budget was spent. "
+                    f"{option} {wanted:g} is more than {options.ledger_url} has left ({there:.6g}); no budget was "
+                    "spent. "
                     "Ask for less; `sfumato ledger show` lists what was spent"
                 )
     if private.public_size is not None:
@@ -258,9 +272,14 @@ def _learn(
     if plan.noise_multiplier is None:
         return center, center, chosen
     inversion = InversionPlan(
-        steps=options.steps, learning_rate=options.learning_rate, batch_size=options.batch_size, seed=options.seed
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        seed=options.seed,
     )
-    embed = Inversion(model, torch.from_numpy(public.anchor), inversion, kept=internal.directory("inversions"))
+    embed = Inversion(
+        model, torch.from_numpy(public.anchor), inversion, kept=internal.directory("inversions")
+    )
     token = answers.ask(
         vectors.VECTOR_MEAN, reservation,
         lambda: vectors.vector_mean(private, embed, plan.mean(center), reservation)[0],
@@ -338,7 +357,8 @@ def _take(out: Path, options: PersonalizeOptions) -> None:
     if changed and (charged or set(before) != set(_values(options))):
         option = "--" + changed[0].replace("_", "-")
         raise InputError(
-            f"{out} holds a run with {option} {before.get(changed[0])}, not {_values(options)[changed[0]]}; no budget was "
+            f"{out} holds a run with {option} {before.get(changed[0])}, not {_values(options)[changed[0]]}; no "
+            "budget was "
             "spent now. Repeat that run's command to resume it, or choose another --out"
         )
     if changed and not charged:

@@ -21,6 +21,7 @@ from sfumato.errors import InputError
 FORMAT = "sfumato-style-bank/1"
 DIRECTIONS = 16
 RADIUS_QUANTILE = 0.5
+LEAST_SPREAD = 0.05  # of the uncorrected figure, so that no direction is written off by chance
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,26 @@ class StyleBank:
         along = residual if basis is None else residual @ basis
         return float(np.quantile(np.linalg.norm(along, axis=1), RADIUS_QUANTILE))
 
-    def mean_residuals(self, basis: np.ndarray | None, radius: float) -> np.ndarray:
-        """What the noiseless mechanism would give for each public style: mean clipped residual, float64 [S', k]."""
+    def spread(self, basis: np.ndarray | None, radius: float) -> np.ndarray:
+        """The prior that shrinkage uses, float64 [k]: mean square, over public styles and in each direction, of a
+        style's
+        mean clipped residual. What few images per style add to it by chance is taken off (one-way analysis of
+        variance)."""
         residual = self.image_tokens.astype(np.float64) - self.anchor
         along = residual if basis is None else residual @ basis
         length = np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-12)
         clipped = along * np.minimum(1, radius / length)
-        return np.stack([clipped[self.image_style == style].mean(0) for style in np.unique(self.image_style)])
-
-    def spread(self, basis: np.ndarray | None, radius: float) -> np.ndarray:
-        """Mean square of those residuals in each direction, float64 [k]: the prior that shrinkage uses."""
-        return np.square(self.mean_residuals(basis, radius)).mean(0)
+        groups = [clipped[self.image_style == style] for style in np.unique(self.image_style)]
+        between = np.mean([np.square(group.mean(0)) for group in groups], axis=0)
+        chance = [group.var(0, ddof=1) / len(group) for group in groups if len(group) > 1]
+        return np.maximum(between - (np.mean(chance, axis=0) if chance else 0.0), LEAST_SPREAD * between)
 
     def check(self, model: str, dimension: int, vectors: int, where: str) -> None:
         """Refuse a bank that was made for another model (InputError)."""
         if self.dimension != dimension or self.vectors != vectors:
             raise InputError(
-                f"{where} holds tokens of {self.vectors} x {self.dimension // self.vectors} numbers, and the model's have "
+                f"{where} holds tokens of {self.vectors} x {self.dimension // self.vectors} numbers, and the "
+                "model's have "
                 f"{vectors} x {dimension // vectors}: it was made for another model; no budget was spent. Make one for "
                 "this model with `sfumato style-bank`"
             )
@@ -98,7 +102,9 @@ class StyleBank:
             "basis": self.basis.astype(np.float32),
         }  # fmt: skip
         # safetensors writes an array's memory as it lies, whatever its order
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata=header)
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata=header
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> StyleBank:
@@ -117,13 +123,15 @@ class StyleBank:
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(
-                f"--subspace {path} is no style bank ({reason}); no budget was spent. Make one with `sfumato style-bank`"
+                f"--subspace {path} is no style bank ({reason}); no budget was spent. Make one with `sfumato "
+                "style-bank`"
             ) from None
         except Exception as error:
             if "safetensor" not in f"{type(error).__module__}{type(error).__name__}".lower():
                 raise
             raise InputError(
-                f"--subspace {path} is damaged or no style bank; no budget was spent. Make one with `sfumato style-bank`"
+                f"--subspace {path} is damaged or no style bank; no budget was spent. Make one with `sfumato "
+                "style-bank`"
             ) from None
         bank._check_shapes(path)
         return bank
@@ -147,7 +155,8 @@ class StyleBank:
         )
         if not fits:
             raise InputError(
-                f"--subspace {path} is damaged: its shapes do not fit together; no budget was spent. Make it again with "
+                f"--subspace {path} is damaged: its shapes do not fit together; no budget was spent. Make it "
+                "again with "
                 "`sfumato style-bank`"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,39 +15,43 @@ ROWS_AT_ONCE = 512
 
 
 def style_votes(
-    model: TextToImage, bank: StyleBank, *, draws: int = 8, seed: int = 0
+    model: TextToImage, bank: StyleBank, *, draws: int = 3, seed: int = 0
 ) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 [B, H, W, 3] -> minus the loss under each style's token, float64 [B, S].
 
     `draws` noises and noise levels, public and the same for every image and style, so that only the style differs.
+    One image at a time, in calls of one shape.
     """
-    tokens = torch.from_numpy(bank.tokens.astype(np.float32)).to(model.device)
     levels, source = len(model.alphas), torch.Generator().manual_seed(seed)
     times = ((torch.arange(draws) + 0.5) * levels / draws).long().to(model.device)
-    prompts = [tower[:1] for tower in model.prompts(TEMPLATES[:1])]
-    styles, chunk = len(tokens), max(1, ROWS_AT_ONCE // draws)
+    noise: list[torch.Tensor] = []
+    chunk = max(1, ROWS_AT_ONCE // draws)
+    parts = [bank.tokens[start : start + chunk] for start in range(0, len(bank.tokens), chunk)]
+    told = [_told(model, part, draws) for part in parts]
 
     @torch.no_grad()
     def score(images: np.ndarray) -> np.ndarray:
-        out = np.empty((len(images), styles))
-        for position, image in enumerate(images):
+        out = []
+        for image in images:
             latents = model.latents(image[None])
-            for start in range(0, styles, chunk):
-                some = tokens[start : start + chunk]
-                rows = len(some) * draws
-                losses = model.losses(
-                    latents.expand(rows, -1, -1, -1), noise(latents).repeat(len(some), 1, 1, 1),
-                    times.repeat(len(some)), [tower.expand(rows, -1) for tower in prompts],
-                    some.repeat_interleave(draws, 0),
+            if not noise:
+                noise.append(torch.randn((draws, *latents.shape[1:]), generator=source).to(model.device))
+            found = []
+            for part, condition in zip(parts, told, strict=True):
+                count = len(part)
+                losses = model.losses_told(
+                    latents.expand(count * draws, -1, -1, -1), noise[0].repeat(count, 1, 1, 1), times.repeat(count),
+                    condition,
                 )  # fmt: skip
-                out[position, start : start + chunk] = -losses.view(len(some), draws).mean(1).double().cpu().numpy()
-        return out
-
-    held: list[torch.Tensor] = []
-
-    def noise(latents: torch.Tensor) -> torch.Tensor:
-        if not held:
-            held.append(torch.randn((draws, *latents.shape[1:]), generator=source).to(model.device))
-        return held[0]
+                found.append(-losses.view(count, draws).mean(1))
+            out.append(torch.cat(found).double().cpu().numpy())
+        return np.stack(out)
 
     return score
+
+
+@torch.no_grad()
+def _told(model: TextToImage, tokens: np.ndarray, draws: int) -> dict[str, Any]:
+    """The conditions of these styles, each `draws` times, worked out once."""
+    rows = torch.from_numpy(tokens.astype(np.float32)).to(model.device).repeat_interleave(draws, 0)
+    return model.conditions([tower[:1].expand(len(rows), -1) for tower in model.prompts(TEMPLATES[:1])], rows)

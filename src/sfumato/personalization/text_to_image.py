@@ -73,11 +73,13 @@ class TextToImage:
 
     towers: one or two. vectors: rows of a token. dimension: D, numbers in a token, over all towers. size: side of its
     images in pixels. kind: one of `KINDS`. fingerprint: SHA-256 over the text encoders' and the U-Net's weights: a
-    token only means something under these.
+    token only means something under these. autocast: whether losses are computed in bfloat16 where that is faster.
     """
 
-    def __init__(self, pipeline: Any, *, vectors: int = 1, device: str | torch.device = "cpu") -> None:
-        self.device = torch.device(device)
+    def __init__(
+        self, pipeline: Any, *, vectors: int = 1, device: str | torch.device = "cpu", autocast: bool = False
+    ) -> None:
+        self.device, self.autocast = torch.device(device), autocast
         self.kind = type(pipeline).__name__
         self.vae = pipeline.vae.to(self.device, torch.float32).eval().requires_grad_(False)
         self.unet = pipeline.unet.to(self.device, torch.float32).eval().requires_grad_(False)
@@ -99,9 +101,11 @@ class TextToImage:
         self.alphas = self._scheduler.alphas_cumprod.to(self.device, torch.float32)
 
     @classmethod
-    def open(cls, where: str, *, vectors: int = 1, device: str | torch.device = "cpu") -> TextToImage:
+    def open(
+        cls, where: str, *, vectors: int = 1, device: str | torch.device = "cpu", autocast: bool = False
+    ) -> TextToImage:
         """The model of a folder or hub id; see `open_pipeline` for what is refused."""
-        return cls(open_pipeline(where), vectors=vectors, device=device)
+        return cls(open_pipeline(where), vectors=vectors, device=device, autocast=autocast)
 
     def _tower(self, tokenizer: Any, network: Any) -> Tower:
         network = network.to(self.device, torch.float32).eval().requires_grad_(False)
@@ -147,7 +151,11 @@ class TextToImage:
             rows = []
             for template in templates:
                 before, _, after = template.partition("{}")
-                own = list(range(tower.table.first, tower.table.first + self.vectors)) if "{}" in template else []
+                own = (
+                    list(range(tower.table.first, tower.table.first + self.vectors))
+                    if "{}" in template
+                    else []
+                )
                 ids = _ids(tower, before) + own + _ids(tower, after)
                 ids = [tower.tokenizer.bos_token_id, *ids[: length - 2], tower.tokenizer.eos_token_id]
                 rows.append(ids + [tower.tokenizer.pad_token_id] * (length - len(ids)))
@@ -187,8 +195,15 @@ class TextToImage:
         self, latents: Tensor, noise: Tensor, times: Tensor, ids: Sequence[Tensor], tokens: Tensor | None
     ) -> Tensor:
         """Squared error of the prediction for each row, [B]; all arguments have B rows."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            told = self.conditions(ids, tokens)
+        return self.losses_told(latents, noise, times, told)
+
+    def losses_told(self, latents: Tensor, noise: Tensor, times: Tensor, told: dict[str, Any]) -> Tensor:
+        """The same under conditions that were worked out before."""
         given, target = self.noised(latents, noise, times)
-        made = self.unet(given, times, **self.conditions(ids, tokens)).sample
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            made = self.unet(given, times, **told).sample
         return (made.float() - target).square().flatten(1).mean(1)
 
     @torch.no_grad()
@@ -197,9 +212,18 @@ class TextToImage:
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float()
         if pixels.shape[1] == 1:
             pixels = pixels.expand(-1, 3, -1, -1)
-        found = self.vae.encode(pixels / 127.5 - 1).latent_dist.mean
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (found - shift) * self.vae.config.scaling_factor
+        return self.encoded(pixels / 127.5 - 1)
+
+    @torch.no_grad()
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """The same for pixels [B, 3, size, size] in [-1, 1]."""
+        found = self.vae.encode(pixels)
+        latents = (
+            found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
+        )  # AutoencoderTiny
+        return (
+            latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)
+        ) * self.vae.config.scaling_factor
 
 
 def open_pipeline(where: str) -> Any:
@@ -234,7 +258,8 @@ def open_pipeline(where: str) -> Any:
     missing = [name for name in ("text_encoder", "tokenizer") if getattr(pipeline, name, None) is None]
     if missing:
         raise InputError(
-            f"--model {where} has no {missing[0]}, so it has no token to learn; no budget was spent. Give a text-to-image "
+            f"--model {where} has no {missing[0]}, so it has no token to learn; no budget was spent. Give a "
+            "text-to-image "
             "model"
         )
     pipeline.set_progress_bar_config(disable=True)
@@ -251,7 +276,8 @@ def check_folder(path: Path, where: str) -> None:
     index = path / "model_index.json"
     if not index.is_file():
         raise InputError(
-            f"--model {where} has no model_index.json, so it is no diffusers pipeline; no budget was spent. Give a folder "
+            f"--model {where} has no model_index.json, so it is no diffusers pipeline; no budget was spent. Give "
+            "a folder "
             "in StableDiffusionPipeline layout"
         )
     try:

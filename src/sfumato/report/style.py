@@ -60,7 +60,8 @@ def style_report(facts: StyleFacts) -> str:
     ]
     page = guarantee(facts.certificate, facts.unit)
     options = sorted(releasable_options(facts.options).items())
-    return render("style.html", {**page, "title": f"The style {facts.token}", "facts": facts, "rows": rows, "options": options})  # fmt: skip
+    page |= {"title": f"The style {facts.token}", "facts": facts, "rows": rows, "options": options}
+    return render("style.html", page)
 
 
 def style_card(facts: StyleFacts) -> str:

@@ -23,10 +23,10 @@ from sfumato.errors import InputError
 from sfumato.evaluation.image_sets import common_shape, label_positions
 from sfumato.evaluation.options import find_target
 from sfumato.privacy import selection
+from sfumato.privacy.answers import Answers
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.ledger import Ledger
 from sfumato.report.certificate import certificate, statement
-from sfumato.privacy.answers import Answers
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from sfumato.encoders.encoder import open_encoder
 from sfumato.errors import InputError
 from sfumato.machine import best_defaults
 from sfumato.privacy import mechanisms
+from sfumato.privacy.answers import Answers
 from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.dp_sgd import MECHANISM as DP_SGD
 from sfumato.privacy.dp_sgd import dp_sgd
@@ -36,7 +37,6 @@ from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.per_unit import Engine
 from sfumato.report.facts import Stage
 from sfumato.synthesis import public_images
-from sfumato.privacy.answers import Answers
 from sfumato.synthesis.classifier import scores, train_query
 from sfumato.synthesis.methods import METHODS
 from sfumato.synthesis.planner import Plan, Speeds, make_plan, measure_speeds
