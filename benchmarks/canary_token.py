@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from personalize import DELTA, HELD_OUT, Known, vocabulary  # benchmarks/personalize.py
+from personalize import DELTA, FIRST_IMAGES, HELD_OUT, Known, vocabulary  # benchmarks/personalize.py
 
 from sfumato.audit.epsilon_bound import epsilon_lower_bound
 from sfumato.data.images import ProtectedImages
@@ -54,7 +54,7 @@ def main() -> None:
     style, other = HELD_OUT[0], "big-smile"
     images = _images(options.data, style, model.size)
     canary = _images(options.data, other, model.size)[0]
-    tokens = np.load(options.out / f"tokens-{style}.npy", allow_pickle=False)
+    tokens = np.load(options.out / f"tokens-{style}-{FIRST_IMAGES}.npy", allow_pickle=False)
     latents = model.latents(canary[None])
     own = invert(model, latents, torch.from_numpy(bank.anchor), InversionPlan(seed=0))
     shape = geometry("dpagg-ti", bank.anchor, vocabulary(model), bank)

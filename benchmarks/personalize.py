@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -55,7 +56,7 @@ CONTENT = (
     "a sad portrait with curly hair", "a drawing with sunglasses and a moustache", "a portrait with a hat",
     "a picture with black hair and earrings",
 )  # fmt: skip
-PRIVATE_IMAGES, REFERENCE_IMAGES, PUBLIC_EACH = 500, 1000, 150
+FIRST_IMAGES, PRIVATE_IMAGES, REFERENCE_IMAGES, PUBLIC_EACH = 160, 500, 1000, 150
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Tier:
     dp_sgd_draws: int
 
 
-TIERS = {"cpu": Tier(40, 15, 5, 2), "full": Tier(504, 50, 5, 5)}
+TIERS = {"cpu": Tier(32, 12, 5, 2), "full": Tier(504, 50, 5, 5)}
 
 
 @dataclass(frozen=True)
@@ -167,19 +168,24 @@ class Bench:
             self._cached[name] = np.load(path, allow_pickle=False)
         return self._cached[name]
 
-    def tokens(self, style: str) -> np.ndarray:
-        """One token for each of the first 500 images, float64 [500, D]."""
+    def tokens(self, style: str, n: int) -> np.ndarray:
+        """One token for each of the first n images, float64 [n, D]; learnt in the parts that `SIZES` need."""
+        parts, ends = [], (0, FIRST_IMAGES, PRIVATE_IMAGES)
+        for start, end in itertools.pairwise(ends):
+            if start < n:
+                parts.append(
+                    self.stored(f"tokens-{style}-{end}", lambda s=start, e=end: self.learnt(style, s, e))
+                )
+        return np.concatenate(parts)[:n]
 
-        def make() -> np.ndarray:
-            found, began = [], time.monotonic()
-            for start in range(0, PRIVATE_IMAGES, self.plan.batch_size):
-                some = self.images(style)[start : min(PRIVATE_IMAGES, start + self.plan.batch_size)]
-                anchor = torch.from_numpy(self.bank.anchor)
-                found.append(invert(self.model, self.model.latents(some), anchor, self.plan))
-                print(f"{style}: {start + len(some)} tokens in {time.monotonic() - began:.0f} s", flush=True)
-            return np.concatenate(found)
-
-        return self.stored(f"tokens-{style}", make)
+    def learnt(self, style: str, start: int, end: int) -> np.ndarray:
+        """Tokens of the images from `start` to `end`."""
+        found, began, anchor = [], time.monotonic(), torch.from_numpy(self.bank.anchor)
+        for first in range(start, end, self.plan.batch_size):
+            some = self.images(style)[first : min(end, first + self.plan.batch_size)]
+            found.append(invert(self.model, self.model.latents(some), anchor, self.plan))
+            print(f"{style}: {first + len(some)} tokens, {time.monotonic() - began:.0f} s", flush=True)
+        return np.concatenate(found)
 
     def features(self, style: str, start: int, count: int) -> np.ndarray:
         """EfficientNet-Lite0 features of real portraits."""
@@ -216,7 +222,7 @@ class Bench:
         bank, center = self.bank, self.bank.anchor.astype(np.float64)
         if cell.method == "no token":
             return None
-        own = self.tokens(cell.style)[: cell.n]
+        own = self.tokens(cell.style, cell.n)
         if cell.method == "mean of tokens":
             return own.mean(0)
         if cell.method == "paper, no noise":
@@ -255,7 +261,7 @@ class Bench:
             center = plan.geometry.center
         if plan.noise_multiplier is None:
             return center
-        known = Known(self.images(cell.style)[:PRIVATE_IMAGES], self.tokens(cell.style))
+        known = Known(self.images(cell.style)[: cell.n], own)
         noisy, _ = vector_mean(private, known, plan.mean(center), reservation)
         return shrunk(noisy, center, plan)
 
@@ -276,7 +282,7 @@ class Bench:
         )
 
     def dp_sgd(self, cell: Cell, private: ProtectedImages, budget: Budget) -> np.ndarray:
-        settings = DPSGDSettings(steps=60, expected_batch=24, draws=1)
+        settings = DPSGDSettings(steps=50, expected_batch=24, draws=1)
         plan = dp_sgd_plan(budget, cell.n, settings)
         reservation = private.ledger.reserve(cell.key, [plan.planned()], delta=DELTA)
         start, self.model.autocast = (
@@ -315,7 +321,7 @@ class Bench:
         score = style_score(found, real, others, which)
         if cell.draw == 0:
             Image.fromarray(np.concatenate(list(pictures[:8]), 1)).save(self.out / "pictures" / _file(cell))
-        mean = None if token is None or not cell.n else self.tokens(cell.style)[: cell.n].mean(0)
+        mean = None if token is None or not cell.n else self.tokens(cell.style, cell.n).mean(0)
         center = self.bank.anchor.astype(np.float64)
         return {
             "key": cell.key, "kid": squared_mmd(found.astype(np.float64), real.astype(np.float64)),

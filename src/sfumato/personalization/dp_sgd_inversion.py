@@ -23,13 +23,13 @@ from sfumato.privacy.dp_sgd import DPSGDPlan, dp_sgd
 
 @dataclass(frozen=True)
 class DPSGDSettings:
-    """steps: T. expected_batch: units per step on average. draws: noise levels per unit, K. clip_norm: C, about the
+    """steps: T. expected_batch: units per step on average. draws: noise levels per unit, K. clip_norm: C, below the
     usual length of a gradient. learning_rate: of Adam, with a linear fall to a tenth."""
 
     steps: int = 100
     expected_batch: float = 32.0
     draws: int = 2
-    clip_norm: float = 0.02
+    clip_norm: float = 0.1
     learning_rate: float = 0.01
 
 

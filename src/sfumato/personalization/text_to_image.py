@@ -7,9 +7,11 @@ Opened from a folder or hub id in `StableDiffusionPipeline` layout (SD 1.x, 2.x)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,8 @@ class TextToImage:
     ) -> None:
         self.device, self.autocast = torch.device(device), autocast
         self.kind = type(pipeline).__name__
-        self.vae = pipeline.vae.to(self.device, torch.float32).eval().requires_grad_(False)
-        self.unet = pipeline.unet.to(self.device, torch.float32).eval().requires_grad_(False)
+        self.vae = _float32(pipeline.vae, self.device).eval().requires_grad_(False)
+        self.unet = _float32(pipeline.unet, self.device).eval().requires_grad_(False)
         self.vectors = vectors
         self.fingerprint = _fingerprint(pipeline)
         pairs = [(pipeline.tokenizer, pipeline.text_encoder)]
@@ -108,7 +110,7 @@ class TextToImage:
         return cls(open_pipeline(where), vectors=vectors, device=device, autocast=autocast)
 
     def _tower(self, tokenizer: Any, network: Any) -> Tower:
-        network = network.to(self.device, torch.float32).eval().requires_grad_(False)
+        network = _float32(network, self.device).eval().requires_grad_(False)
         table = TokenEmbedding(network.get_input_embeddings(), len(tokenizer))
         network.set_input_embeddings(table)
         return Tower(tokenizer, network, table)
@@ -244,11 +246,12 @@ def open_pipeline(where: str) -> Any:
             "hub id such as OWNER/NAME, or leave it out for the embedded model"
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(path) if path.exists() else where, torch_dtype=torch.float32, use_safetensors=True,
-            **({"safety_checker": None, "requires_safety_checker": False} if _is_first_kind(path, where) else {}),
-        )  # fmt: skip
-    except Exception as error:  # its loaders raise whatever the files and the hub make them raise
+        with _quiet():
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(path) if path.exists() else where, torch_dtype=torch.float32, use_safetensors=True,
+                **({"safety_checker": None, "requires_safety_checker": False} if _is_first_kind(path, where) else {}),
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--model {where} cannot be opened ({reason}); no budget was spent") from None
     if type(pipeline).__name__ not in KINDS:
@@ -264,6 +267,29 @@ def open_pipeline(where: str) -> Any:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' remarks on parts that are stock but unusual, and their bars for a second of loading."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as of_transformers
+
+    levels, bars = (logging.get_verbosity(), of_transformers.get_verbosity()), of_transformers.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    of_transformers.set_verbosity_error()
+    logging.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # its successor is too new
+            yield
+    finally:
+        logging.set_verbosity(levels[0])
+        of_transformers.set_verbosity(levels[1])
+        logging.enable_progress_bar()
+        if bars:
+            of_transformers.enable_progress_bar()
 
 
 def embedded_folder() -> Path:
@@ -305,6 +331,14 @@ def _is_first_kind(path: Path, where: str) -> bool:
     if not path.exists():
         return "xl" not in where.lower()
     return json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"] == KINDS[0]
+
+
+def _float32(network: Any, device: torch.device) -> Any:
+    """On the device in single precision; a network that is there already is left alone."""
+    if any(p.dtype != torch.float32 or p.device != device for p in network.parameters()):
+        with _quiet():
+            network = network.to(device, torch.float32)
+    return network
 
 
 def _ids(tower: Tower, text: str) -> list[int]:

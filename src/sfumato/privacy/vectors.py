@@ -209,8 +209,20 @@ def nearest_candidate(
 
 
 def check_embed(embed: Embed, shape: Any, steps: int = 2) -> None:
-    """Tries `embed` on random images for a few steps; raises InputError where one image moves another's vector."""
-    _check_alone(lambda images: _embedded(embed, images, steps), shape, embed.batch_size, "the embedding")
+    """Tries `embed` on random images for a few steps; raises InputError where one image moves another's vector, or
+    where nothing comes back that could tell."""
+
+    def asked(images: np.ndarray) -> np.ndarray:
+        found = _embedded(embed, images, steps)
+        shown = found[images.any(axis=(1, 2, 3))]  # not the padding
+        if not np.isfinite(shown).all() or (len(shown) > 1 and (shown == shown[0]).all()):
+            raise InputError(
+                "embedding random images gives nothing to compare (not finite, or all alike), so whether images "
+                "influence each other cannot be tested; no budget was spent. Use another model"
+            )
+        return found
+
+    _check_alone(asked, shape, embed.batch_size, "the embedding")
 
 
 def _embedded(embed: Embed, images: np.ndarray, steps: int | None = None) -> np.ndarray:
@@ -231,16 +243,13 @@ def _check_alone(asked: Callable[[np.ndarray], np.ndarray], shape: Any, batch_si
     source = np.random.default_rng(0)
     images = source.integers(0, 256, (batch_size, *shape), dtype=np.uint8)
     first = asked(images)
-    if not np.isfinite(first).all() or (batch_size > 1 and (first == first[0]).all()):
-        raise InputError(
-            f"{what} of random images gives nothing to compare (not finite, or all alike), so whether images "
-            "influence each "
-            "other cannot be tested; no budget was spent. Use another model"
-        )
     moved = asked(np.roll(images, 1, axis=0))
     alone = images.copy()
     alone[1:] = 0
-    if not (np.array_equal(np.roll(moved, -1, axis=0), first) and np.array_equal(asked(alone)[0], first[0])):
+    if not (
+        np.array_equal(np.roll(moved, -1, axis=0), first, equal_nan=True)
+        and np.array_equal(asked(alone)[0], first[0], equal_nan=True)
+    ):
         raise InputError(
             f"{what} of one image changes with the other images of its batch or its place among them, so adding one "
             "image would move all others and no guarantee would hold; no budget was spent. Use a batch size of 1"
