@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from sfumato.privacy.vectors import vector_mean
 
 EPSILONS = (0.5, 1.0, 2.0, 10.0, float("inf"))
 SIZES = (47, 158)
-DRAWS = 64  # noise levels of the loss score, the same for every token
+DRAWS = 32  # noise levels of the loss score, the same for every token
 
 
 def main() -> None:
@@ -45,9 +46,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of benchmarks/personalize.py")
     parser.add_argument("--model", default="portraits")
     parser.add_argument("--bank", type=Path, default=embedded_folder() / "styles.safetensors")
-    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=600)
     parser.add_argument(
-        "--loss-rounds", type=int, default=400, help="rounds that the slower loss score plays"
+        "--loss-rounds", type=int, default=200, help="rounds that the slower loss score plays"
     )
     options = parser.parse_args()
     model, bank = TextToImage.open(options.model), StyleBank.load(options.bank)
@@ -81,7 +82,10 @@ def main() -> None:
         for epsilon in EPSILONS:
             rounds = options.rounds if epsilon < float("inf") else 200
             coins = rng.random(rounds) < 0.5
-            released = [_released(worlds[int(coin)], known, shape, n, epsilon) for coin in coins]
+            held = [_reserved(world, shape, n, epsilon, rounds) for world in worlds]
+            released = [
+                _released(worlds[int(coin)], known, shape, n, epsilon, held[int(coin)]) for coin in coins
+            ]
             along = np.array([(token - bank.anchor) @ direction for token in released])
             loss = -_losses(model, latents, np.stack(released[: options.loss_rounds]))
             for name, score in (("direction", along), ("loss", loss)):
@@ -91,13 +95,21 @@ def main() -> None:
     (options.out / "canary.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
-def _released(private: ProtectedImages, known: Known, shape: object, n: int, epsilon: float) -> np.ndarray:
+def _released(
+    private: ProtectedImages, known: Known, shape: object, n: int, epsilon: float, reservation: object
+) -> np.ndarray:
     """One token by the real mechanism; for ε = ∞ with noise that is nothing (multiplier 1e-6)."""
     plan = _plan(shape, n, epsilon)
-    finite = np.isfinite(epsilon)
-    reservation = private.ledger.reserve("canary", plan.events, delta=DELTA) if finite else _Free()
     noisy, _ = vector_mean(private, known, plan.mean(), reservation)  # type: ignore[arg-type]
     return shrunk(noisy, plan.geometry.center, plan)
+
+
+def _reserved(private: ProtectedImages, shape: object, n: int, epsilon: float, rounds: int) -> object:
+    """One reservation for all rounds: the game is played many times, a user's release once."""
+    if not np.isfinite(epsilon):
+        return _Free()
+    planned = [replace(each, count=rounds) for each in _plan(shape, n, epsilon).events]
+    return private.ledger.reserve(f"canary {epsilon:g}", planned, delta=DELTA)
 
 
 class _Free:
@@ -114,8 +126,6 @@ def _plan(shape: object, n: int, epsilon: float):  # type: ignore[no-untyped-def
     if (n, epsilon) not in _PLANS:
         made = make_plan("dpagg-ti", Budget(min(epsilon, 100.0), DELTA), n, shape)  # type: ignore[arg-type]
         if not np.isfinite(epsilon):
-            from dataclasses import replace
-
             made = replace(made, noise_multiplier=1e-6)
         _PLANS[n, epsilon] = made
     return _PLANS[n, epsilon]

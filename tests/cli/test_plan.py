@@ -78,3 +78,11 @@ def test_the_default_delta_is_well_below_one_over_n(units):
     assert 0 < delta <= max(3, units) ** -1.1 + 1e-10
     if 10 <= units <= 10**6:
         assert delta <= 0.5 / units
+
+
+def test_styles_have_a_plan_too(capsys):
+    assert main(["plan", "--units", "8", "--epsilon", "0.5", "--method", "dpagg-ti"]) == 0
+    said = capsys.readouterr().out
+    assert "NOT ENOUGH" in said and "units at this ε" in said and "no budget was spent" in said
+    assert main(["plan", "--units", "47", "--epsilon", "2", "--method", "selection"]) == 0
+    assert "public styles" in capsys.readouterr().out

@@ -129,6 +129,8 @@ def test_the_mechanism_and_the_plan_are_of_one_mind(tmp_path):
         dimension, batch_size = 20, 4
 
         def __call__(self, images, steps=None):
+            if steps is not None:  # the self-test wants vectors that differ
+                return np.repeat(images.mean(axis=(1, 2, 3))[:, None], 20, 1)
             return np.repeat(plan.geometry.center[None], len(images), 0)  # residuals of zero: all is noise
 
     private = SimpleNamespace(

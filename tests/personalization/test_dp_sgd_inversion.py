@@ -189,12 +189,12 @@ def test_the_plan_costs_exactly_the_budget(units, batch, probability):
     found = dp_sgd_plan(budget, units, DPSGDSettings(steps=2))
     assert 0.999 * 2 < epsilon_of([found.planned().total], 1e-5) <= 2
     assert found.sampling_probability == pytest.approx(probability) and found.expected_batch == batch
-    assert (found.steps, found.clip_norm, found.rows_per_unit) == (2, 0.02, 2)
+    assert (found.steps, found.clip_norm, found.rows_per_unit) == (2, 0.1, 2)
     assert found.planned().count == 2
 
 
 def test_the_default_settings_and_a_delta_of_zero():
-    assert DPSGDSettings() == DPSGDSettings(100, 32.0, 2, 0.02, 0.01)
+    assert DPSGDSettings() == DPSGDSettings(100, 32.0, 2, 0.1, 0.01)
     with pytest.raises((InputError, BudgetError), match="no budget was spent"):
         dp_sgd_plan(Budget(1.0, 0.0), 20)
 

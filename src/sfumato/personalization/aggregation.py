@@ -231,7 +231,7 @@ def cosine(first: np.ndarray, second: np.ndarray, center: np.ndarray | None = No
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
 
 
-def norm_report(token: np.ndarray, vocabulary: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+def norm_report(token: Sequence[np.ndarray], vocabulary: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """For each text encoder: length of the token's rows beside the vocabulary's. token: the parts [v, w] of each."""
     out = []
     for rows, words in zip(token, vocabulary, strict=True):

@@ -49,7 +49,7 @@ class StyleBank:
 
     def directions(self, count: int | None) -> np.ndarray:
         """The first `count` columns of the basis, float64 [D, count], orthonormal again in double precision."""
-        count = self.basis.shape[1] if count is None else count
+        count = int(self.basis.shape[1]) if count is None else count
         if not 1 <= count <= self.basis.shape[1]:
             raise InputError(
                 f"the style bank has {self.basis.shape[1]} directions, not {count}; no budget was spent"

@@ -40,7 +40,8 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, base: nn.Embedding, first: int) -> None:
         super().__init__()
-        self.base, self.first, self.rows = base, first, None
+        self.base, self.first = base, first
+        self.rows: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -233,7 +234,7 @@ def open_pipeline(where: str) -> Any:
 
     Raises InputError: nothing there, another kind of model, no text encoder or tokenizer.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     path = Path(where).expanduser()
     if where == EMBEDDED and not path.exists():
