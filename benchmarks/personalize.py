@@ -290,7 +290,7 @@ class Bench:
             False,
         )  # engines agree in float32 only
         try:
-            return dp_sgd_inversion(self.model, private, start, plan, reservation).double().numpy()
+            return dp_sgd_inversion(self.model, private, start, plan, reservation)[0].double().numpy()
         finally:
             self.model.autocast = True
 

@@ -30,7 +30,15 @@ ALLOWED: dict[str, set[str]] = {
     "personalization": {"data", "encoders", "evaluation", "machine", "privacy", "report"},
     "machine": {"privacy", "data"},
     "cli": {
-        "audit", "data", "diffusion", "evaluation", "machine", "personalization", "privacy", "report", "synthesis",
+        "audit",
+        "data",
+        "diffusion",
+        "evaluation",
+        "machine",
+        "personalization",
+        "privacy",
+        "report",
+        "synthesis",
     },
 }
 EVERYBODY = {"checkpoint", "errors", "progress"}

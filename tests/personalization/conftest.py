@@ -37,3 +37,15 @@ def model_of(folder_of):
         return TextToImage.open(str(folder_of(kind)), vectors=vectors)
 
     return model
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No measuring of the machine, and contact sheets of one sampling step."""
+    from sfumato import machine
+    from sfumato.personalization import make_bank, run
+
+    settings = machine.Defaults(1, "cpu", "float32", "fast", "")
+    for module in (machine, run, make_bank):
+        monkeypatch.setattr(module, "best_defaults", lambda *_: settings)
+    monkeypatch.setattr(run, "SHEET_STEPS", 1)

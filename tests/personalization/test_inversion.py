@@ -12,7 +12,7 @@ import torch
 
 from sfumato.errors import InputError
 from sfumato.personalization.inversion import Inversion, InversionPlan, invert, invert_style
-from sfumato.personalization.text_to_image import TEMPLATES, TextToImage
+from sfumato.personalization.text_to_image import TEMPLATES, TextToImage, open_pipeline
 from sfumato.privacy.vectors import check_embed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -228,10 +228,13 @@ def test_tokens_of_another_plan_anchor_or_image_are_not_reused(kept, change):
     assert calls == change.get("plan", SHORT).steps and not np.array_equal(other, first)
 
 
-def test_tokens_of_another_model_are_not_reused(kept, tmp_path):
+def test_tokens_of_another_model_are_not_reused(kept, folder_of):
+    """Also where only the U-Net is another, and the anchor the same."""
     first, _ = kept()
-    other = TextToImage.open(str(tiny.tiny_sd1(tmp_path / "other", seed=1)))
-    found, calls = kept(model=other)
+    pipeline = open_pipeline(str(folder_of("sd1")))
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.add_(0.1)
+    found, calls = kept(model=TextToImage(pipeline))
     assert calls == SHORT.steps and not np.array_equal(found, first)
 
 
@@ -259,15 +262,27 @@ def test_each_public_style_gets_a_token_that_its_images_fit(model_of, kind):
 
 
 def test_many_styles_go_through_the_model_in_parts(model_of):
+    """The first step of each style's token, computed by hand, also for one in the second part."""
     model = Counted(model_of("sd1"))
-    latents, anchor = tiny.latents_of(model, 3), anchor_of(model)
-    plan = InversionPlan(steps=1, draws=2, learning_rate=0.05)
-    latents = latents.repeat(50, 1, 1, 1)
-    tokens = invert_style(model, latents, torch.arange(150), 150, anchor, plan)
-    assert model.calls == 2 and np.isfinite(tokens).all()
-    assert (
-        np.abs(tokens - anchor.numpy()).max(1) > 0.04
-    ).all()  # a step of Adam for each, also in the second part
+    latents, anchor = tiny.latents_of(model, 3).repeat(50, 1, 1, 1), anchor_of(model)
+    tokens = invert_style(
+        model, latents, torch.arange(150), 150, anchor, InversionPlan(steps=1, learning_rate=0.05, seed=6)
+    )
+    assert model.calls == 2
+    source = torch.Generator().manual_seed(6)
+    for _ in range(150):  # which of its images each row shows: it has one only
+        torch.randint(1, (2,), generator=source)
+    times = ((torch.arange(2) + torch.rand(150, 2, generator=source)) * 500).long()
+    chosen = torch.randint(len(TEMPLATES), (300,), generator=source).view(150, 2)
+    noise = torch.randn((300, 4, 8, 8), generator=source).view(150, 2, 4, 8, 8)
+    for style in (0, 149):
+        token = anchor.clone().requires_grad_(True)
+        ids = [tower[chosen[style]] for tower in model.prompts()]
+        rows = latents[style].expand(2, -1, -1, -1)
+        losses = model.losses(rows, noise[style], times[style], ids, token.expand(2, -1))
+        (gradient,) = torch.autograd.grad(losses.mean(), token)
+        expected = anchor - 0.05 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(torch.from_numpy(tokens[style]).float(), expected, atol=2e-4, rtol=0)
 
 
 # --- refusals

@@ -27,11 +27,12 @@ class PlanOptions:
     """Privacy budget ε: for adding or removing one unit. A number above 0: below 1 is strong, 10 is weak."""
 
     delta: float | None = None
-    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n), n the units, never above n^-1.1."""
+    """Probability δ with which the ε bound may fail. Default: 1/(n·ln n), n the units, never above n^-1.1; 1e-5 for
+    the methods of `sfumato personalize`."""
 
     method: Method | StyleMethod = "privimage"
-    """The method to plan for, as in `sfumato synthesize` or `sfumato personalize`; of the latter for the "
-    "embedded model."""
+    """The method to plan for, as in `sfumato synthesize` or `sfumato personalize`; of the latter for the
+    embedded model."""
 
     preset: Preset | None = None
     """The settings to plan with, as in `sfumato synthesize`. Default: the demo's."""

@@ -79,8 +79,14 @@ def geometry(
         lengths = np.linalg.norm(vocabulary.astype(np.float64) - anchor, axis=1)
         return Geometry(anchor, float(np.median(lengths[lengths > 0])))
     basis = None if method == "mean" else bank.directions(directions)
-    radius = bank.radius(basis)
-    return Geometry(anchor, radius, basis, bank.spread(basis, radius))
+    radius = bank.radius(basis, anchor)
+    spread = bank.spread(basis, radius, anchor) if radius > 0 else np.zeros(1)
+    if not spread.sum() > 0:
+        raise InputError(
+            "the style bank's styles do not differ from the anchor along its directions; no budget was spent. Make a "
+            "bank of more styles, or choose another --anchor"
+        )
+    return Geometry(anchor, radius, basis, spread)
 
 
 @dataclass(frozen=True)

@@ -94,16 +94,16 @@ def dp_sgd_inversion(
     *,
     learning_rate: float = DPSGDSettings.learning_rate,
     checkpoint_dir: Path | None = None,
-) -> Tensor:
-    """The learnt token, float32 [D].
+) -> tuple[Tensor, int]:
+    """The learnt token, float32 [D], and how many of its steps are in it (fewer than were charged after a crash).
 
     Guarantee: `plan.planned().total`, for adding or removing one unit; see `privacy.dp_sgd`. Goes on from
     `checkpoint_dir` when called again with the same reservation.
     """
     net = TokenNet(model, anchor.to(model.device)).to(model.device)
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate)
-    dp_sgd(
+    done = dp_sgd(
         net, private, plan, reservation, make_rows=token_rows(model), row_loss=row_loss, optimizer=optimizer,
         lr=lambda step: learning_rate * (1 - 0.9 * step / plan.steps), checkpoint_dir=checkpoint_dir,
     )  # fmt: skip
-    return net.rows.weight.detach()[0].cpu()
+    return net.rows.weight.detach()[0].cpu(), done.steps_applied

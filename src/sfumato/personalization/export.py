@@ -28,7 +28,8 @@ def check_new(pipeline: Any, token: str, vectors: int) -> None:
     names = [token, *(f"{token}_{number}" for number in range(1, max(2, vectors)))]
     for tokenizer in (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)):
         known = {} if tokenizer is None else tokenizer.get_vocab()
-        if any(name in known or f"{name}</w>" in known for name in names):
+        words = {word.lower() for word in known}
+        if any(name.lower() in words or f"{name.lower()}</w>" in words for name in names):
             raise InputError(
                 f"--token {token!r} is already in the model's vocabulary, and prompts with it would mean "
                 "something else; no "

@@ -49,26 +49,20 @@ class Inversion:
     """uint8 [batch_size, H, W, C] -> tokens float64 [batch_size, D]; what `privacy.vectors.Embed` asks for.
 
     anchor: flat token [D] that every image starts from. kept: folder under `internal/` for finished tokens, one file
-    for each image by a hash of its pixels, so that an interrupted run goes on where it stopped; None keeps nothing.
-    total: images to come, for the progress bar.
+    for each image by a hash of its pixels, so that an interrupted run goes on where it stopped; None keeps
+    nothing. What was made with other arithmetic (threads, precision, version, processor) is not taken up: which
+    images would have it depends on who else is in the folder.
     """
 
     def __init__(
-        self,
-        model: TextToImage,
-        anchor: Tensor,
-        plan: InversionPlan,
-        *,
-        kept: Path | None = None,
-        total: int = 0,
+        self, model: TextToImage, anchor: Tensor, plan: InversionPlan, *, kept: Path | None = None
     ) -> None:
         self.model, self.anchor, self.plan, self.kept = model, anchor, plan, kept
         self.dimension, self.batch_size = model.dimension, plan.batch_size
         self._purpose = hashlib.sha256(
-            f"{model.fingerprint} {model.vectors} {plan} {anchor.cpu().double().numpy().tobytes().hex()}".encode()
+            f"{model.fingerprint} {model.vectors} {plan} {anchor.cpu().double().numpy().tobytes().hex()} "
+            f"{_arithmetic(model)}".encode()
         ).hexdigest()
-        self._bar: Progress | None = None
-        self._total = total
 
     def __call__(self, images: np.ndarray, steps: int | None = None) -> np.ndarray:
         """Tokens of a batch; `steps` shortens the work. Rows that end in NaN are NaN."""
@@ -88,6 +82,17 @@ class Inversion:
     def _invert(self, images: np.ndarray, steps: int, advance: Callable[[], None] | None) -> np.ndarray:
         latents = torch.cat([self.model.latents(image[None]) for image in images])
         return invert(self.model, latents, self.anchor, self.plan, steps=steps, advance=advance)
+
+
+def _arithmetic(model: TextToImage) -> str:
+    """Everything that may change the last bits of a token."""
+    device = model.device.type
+    chip = (
+        torch.cuda.get_device_name(model.device)
+        if device == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    return f"{device} {chip} {torch.get_num_threads()} {torch.__version__} {model.autocast}"
 
 
 def invert(

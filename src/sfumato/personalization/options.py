@@ -27,7 +27,7 @@ _TOKEN = re.compile(r"<[^<>\s]{1,60}>|[^\s<>]{2,60}")
 class PersonalizeOptions:
     """Learn one token for the style of some dozens of private images, and release it with a privacy guarantee.
 
-    Running the same command again resumes. Ctrl-C is safe at any moment.
+    Running the same command again resumes. Ctrl-C never breaks the promise; what was charged stays charged.
     """
 
     images: Positional[str]
@@ -70,8 +70,8 @@ class PersonalizeOptions:
     """What is protected as a whole: each image by itself, or all images of one `group_id` (an artist, a client)."""
 
     public_size: int | None = None
-    """Number of units, when it is no secret. Default: taken as secret, and a noisy count is bought with a tenth "
-    "of ε."""
+    """Number of units, when it is no secret. Default: taken as secret, and a noisy count is bought with a tenth of ε
+    (not by selection, which needs none)."""
 
     vectors: int = 1
     """Rows of the token; more hold more of a style, and more noise. A style bank fixes it."""
@@ -83,7 +83,7 @@ class PersonalizeOptions:
     """Learning rate of each image's token (Adam)."""
 
     batch_size: int = 32
-    """Images that are inverted at once; changes speed and memory only."""
+    """Images that are inverted at once, for speed and memory."""
 
     ledger: str | None = None
     """The account that this run is charged to: a file, or an SQLAlchemy URL. Keep ONE ledger for one set of private
@@ -114,7 +114,7 @@ class PersonalizeOptions:
         _must(size is None or size >= 1, "--public-size", size, "1 or more")
         _must(self.directions is None or self.directions >= 1, "--directions", self.directions, "1 or more")
         check_token(self.token)
-        if size is not None and self.delta >= 1 / size:
+        if size is not None and self.delta >= 1 / size and self.method != "selection":
             raise InputError(
                 f"--delta {self.delta:g} is too large for {size} units: with a δ of 1/{size} a release could "
                 "publish one of "
@@ -239,6 +239,12 @@ class StyleBankOptions:
 
 def check_token(token: str) -> None:
     """Refuse what cannot be one word of a prompt (InputError)."""
+    if token != token.lower():
+        raise InputError(
+            f"--token {token!r} has capital letters, which the models' tokenizers do not tell from small ones; no "
+            "budget was "
+            f"spent. Write it like {token.lower()!r}"
+        )
     if not _TOKEN.fullmatch(token):
         raise InputError(
             f'--token {token!r} is not one word: no budget was spent. Write it like "<my-style>", without spaces'

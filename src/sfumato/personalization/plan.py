@@ -19,6 +19,9 @@ def plan_lines(
     anchor: np.ndarray,
     vocabulary: np.ndarray,
     bank: StyleBank | None,
+    *,
+    directions: int | None = None,
+    select: bool = False,
 ) -> list[str]:
     """The plan of `sfumato personalize` in words."""
     lines = []
@@ -30,8 +33,8 @@ def plan_lines(
             f"{plan.noise_multiplier:.3g}"
         )
     else:
-        shape = geometry(method, anchor, vocabulary, bank)
-        made = make_plan(method, budget, units, shape, candidates=candidates)
+        shape = geometry(method, anchor, vocabulary, bank, directions)
+        made = make_plan(method, budget, units, shape, candidates=candidates, select=select)
         if made.noise_multiplier is None:
             lines.append(
                 f"{method}: one vote for each unit among {candidates} public styles, ε {budget.epsilon:g} and δ 0"

@@ -47,8 +47,11 @@ from sfumato.report.style import PICTURES_A_ROW, StyleFacts, style_card, style_r
 
 SHARE_OF_COUNT = 0.1  # of ε, for a noisy count where the number of units is not declared
 BANK = "styles.safetensors"
-FREE = ("out", "dry_run", "batch_size")  # may change between two calls of one run
+FREE = ("out", "dry_run")  # may change between two calls of one run
+OF_THE_COUNT = ("images", "epsilon", "delta", "unit", "ledger", "skip_unreadable", "public_size")
+FIXED, APPLIED = "options_are_fixed", "steps_applied.npy"
 SHEET_STEPS = 25
+LARGE = 128  # pixels; models beyond it draw fewer pictures, one at a time
 VOTERS_AT_ONCE = 4  # each is tried under every public style: no need for more
 
 
@@ -77,7 +80,7 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
     """Run, or resume, `sfumato personalize`; None for a dry run.
 
     Guarantee: everything under OUT/release is (ε, δ)-differentially private for adding or removing one unit, by the
-    mechanisms that its privacy.json lists, each charged before it was computed.
+    mechanisms that its privacy.json lists, each charged before anything left it.
 
     Raises InputError, BudgetError or LedgerError with one line for the user; what was already produced stays.
     """
@@ -88,7 +91,8 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
             "Start it without torchrun"
         )
     out = Path(options.run_folder)
-    _take(out, options)
+    if not options.dry_run:
+        _take(out, options)
     if (done := _finished(out)) is not None:
         _say("this run is complete; nothing was done and no budget was spent")
         return done
@@ -101,14 +105,18 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
         _dry_run(options, public)
         return None
     budget = Budget(options.epsilon, options.delta)
+    embed = None
+    if options.method in ("dpagg-ti", "mean", "paper"):
+        embed = _embedding(options, public, None)
+        vectors.check_embed(embed, (public.model.size, public.model.size, 3))
     if options.public_size is not None:  # what can be refused is, before anything is opened or written
         _planned(options, budget, float(options.public_size), public)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(
         out / "config.yaml", yaml.safe_dump(_values(options), sort_keys=False, allow_unicode=True).encode()
     )
+    internal = InternalWriter(out)  # makes internal/ for the owner alone, before anything is put there
     ledger = _ledger(options, budget)
-    internal = InternalWriter(out)
     private = ProtectedImages(
         options.images, ledger=ledger, unit=options.unit, size=public.model.size, channels=3,
         public_size=options.public_size, cache_dir=internal.directory("cache"), skip_unreadable=options.skip_unreadable,
@@ -122,7 +130,7 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
     try:
         units, left = _units(options, private, answers, budget, ledger)
         plan = _planned(options, left, units, public)
-        token, center, chosen = _learn(options, private, public, plan, left, units, answers, internal)
+        token, center, chosen = _learn(options, private, public, plan, left, answers, internal)
     except InputError as error:
         if not answers.reservations:
             raise
@@ -132,17 +140,24 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
             )
         ) from None
     except BudgetError:
-        _drop_unused(out, ledger)
+        if not answers.reservations:  # nothing was granted: let less be asked for in this folder
+            (answers.folder / "run.json").unlink(missing_ok=True)
         raise
     for reservation in answers.reservations:
         reservation.settle()
+    warnings = (
+        [warning] if units is not None and (warning := delta_warning(options.delta, round(units))) else []
+    )
     if isinstance(plan, Plan):
         token = shrunk(token, center, plan)
+    elif lost := plan.steps - int(np.load(answers.folder / APPLIED)):
+        warnings.append(f"{lost} of {plan.steps} steps were charged and lost in an interruption")
     claim = certificate(
-        answers.reservations, unit=options.unit, public_size=round(units), budget=budget, software=_software(),
+        answers.reservations, unit=options.unit, public_size=None if units is None else round(units),
+        budget=budget, software=_software(),
         ledger_head=ledger.head,
     )  # fmt: skip
-    _release(out, options, public, plan, claim, token, chosen, delta_warning(options.delta, round(units)))
+    _release(out, options, public, plan, claim, token, chosen, warnings)
     done = _finished(out)
     assert done is not None
     return done
@@ -187,8 +202,23 @@ def vocabulary(model: TextToImage) -> np.ndarray:
     return np.concatenate([np.tile(table[:count], (1, model.vectors)) for table in tables], 1)
 
 
-def _planned(options: PersonalizeOptions, budget: Budget, units: float, public: _Public) -> Plan | DPSGDPlan:
+def _embedding(options: PersonalizeOptions, public: _Public, kept: Path | None) -> Inversion:
+    plan = InversionPlan(
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    return Inversion(public.model, torch.from_numpy(public.anchor), plan, kept=kept)
+
+
+def _planned(
+    options: PersonalizeOptions, budget: Budget, units: float | None, public: _Public
+) -> Plan | DPSGDPlan:
     """The calibrated plan; InputError where the noise would drown the style, with what would do."""
+    if options.method == "selection":
+        units = 1.0  # a vote needs no divisor
+    assert units is not None
     if options.method == "dp-sgd":
         return dp_sgd_plan(budget, units)
     shape = geometry(options.method, public.anchor, public.vocabulary, public.bank, options.directions)
@@ -196,8 +226,9 @@ def _planned(options: PersonalizeOptions, budget: Budget, units: float, public: 
     plan = make_plan(options.method, budget, units, shape, candidates=candidates, select=public.select)
     if options.method in ("dpagg-ti", "mean") and plan.noise_share > TOO_NOISY:
         enough, epsilon = what_would_do(plan, budget)
+        epsilon *= options.epsilon / budget.epsilon  # with the count's share
         raise InputError(
-            f"{units:.0f} {options.unit}s are too few for ε {budget.epsilon:g}: the noise would be "
+            f"{units:.0f} {options.unit}s are too few for ε {options.epsilon:g}: the noise would be "
             f"{plan.noise_share:.1f} times "
             f"as long as what a style usually is; no budget was spent. {enough} {options.unit}s would do at this "
             "ε, or ε "
@@ -208,8 +239,11 @@ def _planned(options: PersonalizeOptions, budget: Budget, units: float, public: 
 
 def _units(
     options: PersonalizeOptions, private: ProtectedImages, answers: Answers, budget: Budget, ledger: Ledger
-) -> tuple[float, Budget]:
-    """The public number of units, declared or bought, and the budget that is left for the token."""
+) -> tuple[float | None, Budget]:
+    """The public number of units, declared, bought, or None where no divisor is needed, and the budget that is left for
+    the token."""
+    if options.method == "selection":
+        budget = Budget(budget.epsilon, 0.0)
     fresh = not (answers.folder / "run.json").exists()
     if fresh:
         remaining, slack = ledger.remaining, 1 + 1e-9
@@ -222,8 +256,8 @@ def _units(
                     "spent. "
                     "Ask for less; `sfumato ledger show` lists what was spent"
                 )
-    if private.public_size is not None:
-        return float(private.public_size), budget
+    if private.public_size is not None or options.method == "selection":
+        return None if private.public_size is None else float(private.public_size), budget
     epsilon = SHARE_OF_COUNT * budget.epsilon
     event = PlannedEvent(mechanisms.COUNT, "number of units", mechanisms.count_event(epsilon))
     reservation = answers.reserve(ledger, "count", [event], 0.0)
@@ -239,17 +273,20 @@ def _learn(
     public: _Public,
     plan: Plan | DPSGDPlan,
     budget: Budget,
-    units: float,
     answers: Answers,
     internal: InternalWriter,
 ) -> tuple[np.ndarray, np.ndarray, str | None]:
     """The noisy token [D], the centre it was measured from, and the public style that was voted for, if any."""
     model, ledger = public.model, private.ledger
+    write_whole(answers.folder / FIXED, b"")  # from here on all options are what they are
     if isinstance(plan, DPSGDPlan):
         reservation = answers.reserve(ledger, "personalize", [plan.planned()], budget.delta)
         answers.own(reservation, ["dp_sgd.safetensors"])
         start = torch.from_numpy(public.anchor).float()
-        token = dp_sgd_inversion(model, private, start, plan, reservation, checkpoint_dir=answers.folder)
+        token, applied = dp_sgd_inversion(
+            model, private, start, plan, reservation, checkpoint_dir=answers.folder
+        )
+        np.save(answers.folder / APPLIED, applied)
         return token.double().numpy(), public.anchor, None
     delta = 0.0 if plan.noise_multiplier is None else budget.delta
     reservation = answers.reserve(ledger, "personalize", plan.events, delta)
@@ -271,15 +308,7 @@ def _learn(
         chosen, center = bank.names[picked], bank.tokens[picked].astype(np.float64)
     if plan.noise_multiplier is None:
         return center, center, chosen
-    inversion = InversionPlan(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    embed = Inversion(
-        model, torch.from_numpy(public.anchor), inversion, kept=internal.directory("inversions")
-    )
+    embed = _embedding(options, public, internal.directory("inversions"))
     token = answers.ask(
         vectors.VECTOR_MEAN, reservation,
         lambda: vectors.vector_mean(private, embed, plan.mean(center), reservation)[0],
@@ -295,7 +324,7 @@ def _release(
     claim: dict[str, Any],
     token: np.ndarray,
     chosen: str | None,
-    warning: str | None,
+    warnings: list[str],
 ) -> None:
     """Write the token, see that stock diffusers loads it, draw the contact sheet, write card and page."""
     model = public.model
@@ -308,25 +337,31 @@ def _release(
         os.replace(path, folder.parent / path.name)
     folder.rmdir()
     pipeline = open_pipeline(options.model).to(model.device)
-    prompts = [prompt for prompt in SHEET_PROMPTS for _ in range(PICTURES_A_ROW)]
+    large = model.size > LARGE
+    model.release_memory()  # what is drawn below opens the model afresh
+    row = 2 if large else PICTURES_A_ROW
+    prompts = [prompt for prompt in SHEET_PROMPTS for _ in range(row)]
     bare = [prompt.replace(" in the style of {}", "") for prompt in prompts]
-    shape = (len(SHEET_PROMPTS), PICTURES_A_ROW, -1)
-    without = draw(pipeline, bare, seed=options.seed, steps=SHEET_STEPS)
+    shape, drawing = (
+        (len(SHEET_PROMPTS), row),
+        {"seed": options.seed, "steps": SHEET_STEPS, "at_once": 1 if large else 8},
+    )
+    without = draw(pipeline, bare, **drawing)
     load_token(pipeline, folder.parent / FILES[0])
-    after = draw(pipeline, [p.format(options.token) for p in prompts], seed=options.seed, steps=SHEET_STEPS)
+    after = draw(pipeline, [p.format(options.token) for p in prompts], **drawing)
     tables = [tower.table.base.weight.detach().cpu().numpy() for tower in model.towers]
     facts = StyleFacts(
         token=options.token, method=options.method,
-        model=options.model if options.model == EMBEDDED or "/" in options.model else Path(options.model).name,
+        model=Path(options.model).name if Path(options.model).expanduser().exists() else options.model,
         model_hash=model.fingerprint, pipeline=model.kind, vectors=model.vectors, unit=options.unit, certificate=claim,
-        prompts=SHEET_PROMPTS, without=without.reshape(*shape, *without.shape[2:]),
-        with_token=after.reshape(*shape, *after.shape[2:]), norms=norm_report(rows, tables),
+        prompts=SHEET_PROMPTS, without=without.reshape(*shape, *without.shape[1:]),
+        with_token=after.reshape(*shape, *after.shape[1:]), norms=norm_report(rows, tables),
         noise_share=plan.noise_share if isinstance(plan, Plan) and plan.noise_multiplier is not None else None,
         chosen=chosen,
         options={
             name: value for name, value in _values(options).items() if name not in ("images", "model", "subspace")
         },
-        warnings=[warning] if warning else [],
+        warnings=warnings,
     )  # fmt: skip
     writer.json("privacy.json", claim)
     writer.text("README.md", style_card(facts))
@@ -337,8 +372,15 @@ def _release(
 def _dry_run(options: PersonalizeOptions, public: _Public) -> None:
     from sfumato.personalization.plan import plan_lines
 
-    budget, units = Budget(options.epsilon, options.delta), options.public_size or 100
-    print("\n".join(plan_lines(options.method, budget, units, public.anchor, public.vocabulary, public.bank)))
+    bought = options.public_size is None and options.method != "selection"
+    budget = Budget(options.epsilon * (1 - SHARE_OF_COUNT * bought), options.delta)
+    lines = plan_lines(
+        options.method, budget, options.public_size or 100, public.anchor, public.vocabulary, public.bank,
+        directions=options.directions, select=public.select,
+    )  # fmt: skip
+    print("\n".join(lines))
+    if bought:
+        print(f"a noisy count takes ε {SHARE_OF_COUNT * options.epsilon:g} of {options.epsilon:g}")
     if options.public_size is None:
         print("assumed, since the private images were not opened: 100 units (--public-size)")
     print("No private image was read and no budget was spent.", flush=True)
@@ -352,23 +394,27 @@ def _take(out: Path, options: PersonalizeOptions) -> None:
             raise InputError(f"{out} holds another run; no budget was spent now. Choose another --out")
         return
     before = yaml.safe_load(held.read_text(encoding="utf-8")) or {}
-    charged = (out / "internal" / "checkpoints" / "run.json").exists()
+    kept = out / "internal" / "checkpoints"
     changed = [name for name, value in _values(options).items() if before.get(name) != value]
-    if changed and (charged or set(before) != set(_values(options))):
+    if set(before) == set(_values(options)) and not (kept / FIXED).exists():
+        counted = (kept / "run.json").exists()  # only what the count rests on is fixed by it
+        fixed = [name for name in changed if counted and name in OF_THE_COUNT]
+        if changed and not counted and options.ledger is None:
+            _drop_unused(out)
+        changed = fixed
+    if changed:
         option = "--" + changed[0].replace("_", "-")
         raise InputError(
             f"{out} holds a run with {option} {before.get(changed[0])}, not {_values(options)[changed[0]]}; no "
             "budget was "
             "spent now. Repeat that run's command to resume it, or choose another --out"
         )
-    if changed and not charged:
-        _drop_unused(out, None)
 
 
-def _drop_unused(out: Path, ledger: Ledger | None) -> None:
+def _drop_unused(out: Path) -> None:
     """Remove the run's own ledger if nothing was ever granted in it: its total is that of other options."""
     own = out / "internal" / "ledger.db"
-    if own.exists() and not (ledger or Ledger.open(own)).reservations():
+    if own.exists() and not Ledger.open(own).reservations():
         for suffix in ("", "-wal", "-shm", "-journal"):
             own.with_name(own.name + suffix).unlink(missing_ok=True)
 

@@ -62,12 +62,11 @@ class StyleBank:
         along = residual if basis is None else residual @ basis
         return float(np.quantile(np.linalg.norm(along, axis=1), RADIUS_QUANTILE))
 
-    def spread(self, basis: np.ndarray | None, radius: float) -> np.ndarray:
+    def spread(self, basis: np.ndarray | None, radius: float, center: np.ndarray | None = None) -> np.ndarray:
         """The prior that shrinkage uses, float64 [k]: mean square, over public styles and in each direction, of a
-        style's
-        mean clipped residual. What few images per style add to it by chance is taken off (one-way analysis of
-        variance)."""
-        residual = self.image_tokens.astype(np.float64) - self.anchor
+        style's mean clipped residual from the centre (by default the anchor). What few images per style add to it by
+        chance is taken off (one-way analysis of variance)."""
+        residual = self.image_tokens.astype(np.float64) - (self.anchor if center is None else center)
         along = residual if basis is None else residual @ basis
         length = np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-12)
         clipped = along * np.minimum(1, radius / length)

@@ -11,7 +11,7 @@ import torch
 from sfumato.personalization.style_bank import StyleBank
 from sfumato.personalization.text_to_image import TEMPLATES, TextToImage
 
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 512  # of latents up to 16 x 16; fewer of larger ones
 
 
 def style_votes(
@@ -25,7 +25,8 @@ def style_votes(
     levels, source = len(model.alphas), torch.Generator().manual_seed(seed)
     times = ((torch.arange(draws) + 0.5) * levels / draws).long().to(model.device)
     noise: list[torch.Tensor] = []
-    chunk = max(1, ROWS_AT_ONCE // draws)
+    side = max(1, model.unet.config.sample_size // 16)
+    chunk = max(1, ROWS_AT_ONCE // (draws * side * side))
     parts = [bank.tokens[start : start + chunk] for start in range(0, len(bank.tokens), chunk)]
     told = [_told(model, part, draws) for part in parts]
 

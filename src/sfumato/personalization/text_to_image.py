@@ -75,8 +75,8 @@ class TextToImage:
     """See above. Everything is frozen and in eval mode.
 
     towers: one or two. vectors: rows of a token. dimension: D, numbers in a token, over all towers. size: side of its
-    images in pixels. kind: one of `KINDS`. fingerprint: SHA-256 over the text encoders' and the U-Net's weights: a
-    token only means something under these. autocast: whether losses are computed in bfloat16 where that is faster.
+    images in pixels. kind: one of `KINDS`. fingerprint: SHA-256 over all weights and the noise schedule: a token
+    only means something under these. autocast: whether losses are computed in bfloat16 where that is faster.
     """
 
     def __init__(
@@ -116,6 +116,11 @@ class TextToImage:
         network.set_input_embeddings(table)
         return Tower(tokenizer, network, table)
 
+    def release_memory(self) -> None:
+        """Move the networks off an accelerator."""
+        for network in (self.vae, self.unet, *(tower.network for tower in self.towers)):
+            network.to("cpu")
+
     def split(self, tokens: Tensor) -> list[Tensor]:
         """Flat tokens [..., D] -> for each tower [..., vectors, width]."""
         parts = tokens.split([self.vectors * tower.width for tower in self.towers], dim=-1)
@@ -150,7 +155,7 @@ class TextToImage:
         """Token ids of each template with the token in the place of {}: for each tower int64 [T, length]."""
         out = []
         for tower in self.towers:
-            length = tower.tokenizer.model_max_length
+            length = min(tower.tokenizer.model_max_length, tower.network.config.max_position_embeddings)
             rows = []
             for template in templates:
                 before, _, after = template.partition("{}")
@@ -276,14 +281,19 @@ def _quiet() -> Iterator[None]:
     from diffusers.utils import logging
     from transformers.utils import logging as of_transformers
 
-    levels, bars = (logging.get_verbosity(), of_transformers.get_verbosity()), of_transformers.is_progress_bar_enabled()
+    levels, bars = (
+        (logging.get_verbosity(), of_transformers.get_verbosity()),
+        of_transformers.is_progress_bar_enabled(),
+    )
     logging.set_verbosity_error()
     of_transformers.set_verbosity_error()
     logging.disable_progress_bar()
     of_transformers.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # its successor is too new
+            warnings.filterwarnings(
+                "ignore", message="`torch_dtype` is deprecated"
+            )  # its successor is too new
             yield
     finally:
         logging.set_verbosity(levels[0])
@@ -348,7 +358,8 @@ def _ids(tower: Tower, text: str) -> list[int]:
 
 def _fingerprint(pipeline: Any) -> str:
     digest = hashlib.sha256()
-    for name in ("text_encoder", "text_encoder_2", "unet"):
+    digest.update(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for name in ("text_encoder", "text_encoder_2", "unet", "vae"):
         part = getattr(pipeline, name, None)
         if part is None:
             continue
