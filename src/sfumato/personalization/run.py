@@ -342,10 +342,8 @@ def _release(
     row = 2 if large else PICTURES_A_ROW
     prompts = [prompt for prompt in SHEET_PROMPTS for _ in range(row)]
     bare = [prompt.replace(" in the style of {}", "") for prompt in prompts]
-    shape, drawing = (
-        (len(SHEET_PROMPTS), row),
-        {"seed": options.seed, "steps": SHEET_STEPS, "at_once": 1 if large else 8},
-    )
+    shape = (len(SHEET_PROMPTS), row)
+    drawing: dict[str, Any] = {"seed": options.seed, "steps": SHEET_STEPS, "at_once": 1 if large else 8}
     without = draw(pipeline, bare, **drawing)
     load_token(pipeline, folder.parent / FILES[0])
     after = draw(pipeline, [p.format(options.token) for p in prompts], **drawing)
