@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sfumato.errors import InputError
@@ -257,7 +258,7 @@ def open_pipeline(where: str) -> Any:
                 str(path) if path.exists() else where, torch_dtype=torch.float32, use_safetensors=True,
                 **({"safety_checker": None, "requires_safety_checker": False} if _is_first_kind(path, where) else {}),
             )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"--model {where} cannot be opened ({reason}); no budget was spent") from None
     if type(pipeline).__name__ not in KINDS:
