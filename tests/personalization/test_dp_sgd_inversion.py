@@ -36,6 +36,11 @@ import tiny
 KINDS = (("sd1", 1), ("sd2", 2), ("sdxl", 2))
 
 
+def learnt(*arguments, **more):
+    """The token alone."""
+    return dp_sgd_inversion(*arguments, **more)[0]
+
+
 class Held:
     """A reservation that counts what began, and can be interrupted when a step begins."""
 
@@ -208,7 +213,7 @@ def test_the_loss_falls_with_almost_no_noise(model_of, kind, vectors):
     anchor = model.token_of("art")
     kept = anchor.clone()
     chosen = plan(steps=25, noise_multiplier=1e-6, clip_norm=10.0)
-    token = dp_sgd_inversion(model, private_of(model), anchor, chosen, Held(), learning_rate=0.1)
+    token = learnt(model, private_of(model), anchor, chosen, Held(), learning_rate=0.1)
     assert token.shape == (model.dimension,) and token.dtype == torch.float32
     latents = tiny.latents_of(model, 4)
     before = tiny.loss_under(model, latents, anchor.expand(4, -1)).mean()
@@ -233,10 +238,10 @@ def test_a_step_is_clipped_noised_once_and_divided_by_the_public_batch(model_of,
         lambda self, *a: (seen.append(self.param_groups[0]["params"][0].grad.clone()), step(self, *a)),
     )  # fmt: skip
     chosen = plan(steps=1, clip_norm=1e-3, noise_multiplier=2.0, expected_batch=10.0)
-    dp_sgd_inversion(model, private_of(model), model.token_of("art"), chosen, Held())
+    learnt(model, private_of(model), model.token_of("art"), chosen, Held())
     clipped = seen[0][0] * 10 - 2.0 * 1e-3 * 0.25
     assert 0 < clipped.norm() <= 4 * 1e-3 * (1 + 1e-5)
-    dp_sgd_inversion(model, private_of(model, 0), model.token_of("art"), chosen, Held())
+    learnt(model, private_of(model, 0), model.token_of("art"), chosen, Held())
     torch.testing.assert_close(seen[1], torch.full((1, 16), 2.0 * 1e-3 * 0.25 / 10))
 
 
@@ -244,18 +249,14 @@ def test_a_step_is_clipped_noised_once_and_divided_by_the_public_batch(model_of,
 def test_empty_batches_take_a_noisy_step(model_of, units):
     model, held = model_of("sd1"), Held()
     anchor = model.token_of("art")
-    token = dp_sgd_inversion(
-        model, private_of(model, units), anchor, plan(steps=3, sampling_probability=1e-12), held
-    )
+    token = learnt(model, private_of(model, units), anchor, plan(steps=3, sampling_probability=1e-12), held)
     assert held.begun_ == 3 and (token != anchor).all() and torch.isfinite(token).all()
     assert (token - anchor).abs().max() < 3 * 0.011
 
 
 def test_units_of_several_images_are_taken(model_of):
     model, held = model_of("sd1"), Held()
-    token = dp_sgd_inversion(
-        model, private_of(model, 3, grouped=True), model.token_of("art"), plan(steps=2), held
-    )
+    token = learnt(model, private_of(model, 3, grouped=True), model.token_of("art"), plan(steps=2), held)
     assert held.begun_ == 2 and torch.isfinite(token).all()
 
 
@@ -266,9 +267,7 @@ def test_the_learning_rate_falls_to_a_tenth(model_of, monkeypatch):
         torch.optim.Adam, "step", lambda self, *a: (seen.append(self.param_groups[0]["lr"]), step(self, *a))
     )
     model = model_of("sd1")
-    dp_sgd_inversion(
-        model, private_of(model, 0), model.token_of("art"), plan(steps=10), Held(), learning_rate=0.5
-    )
+    learnt(model, private_of(model, 0), model.token_of("art"), plan(steps=10), Held(), learning_rate=0.5)
     assert np.allclose(seen, [0.5 * (1 - 0.09 * step) for step in range(10)])
 
 
@@ -277,7 +276,7 @@ def test_a_run_on_a_real_ledger_spends_what_was_planned(model_of, tmp_path):
     chosen = dp_sgd_plan(budget, 4, DPSGDSettings(steps=3))
     ledger = Ledger.open(tmp_path / "ledger.db", total=budget)
     held = ledger.reserve("test", [chosen.planned()], delta=1e-5, key="test")
-    dp_sgd_inversion(model, private_of(model), model.token_of("art"), chosen, held)
+    learnt(model, private_of(model), model.token_of("art"), chosen, held)
     held.settle()
     assert held.begun("dp_sgd") == 3 and 4.99 < ledger.spent.epsilon <= 5 and ledger.spent.delta == 1e-5
 
@@ -287,7 +286,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model_of, tmp_path):
     anchor = model.token_of("art")
 
     def call(rate, held, folder=tmp_path):
-        return dp_sgd_inversion(
+        return learnt(
             model, private_of(model), anchor, plan(steps=6), held, learning_rate=rate, checkpoint_dir=folder
         )
 
