@@ -275,7 +275,7 @@ def test_many_styles_go_through_the_model_in_parts(model_of):
     times = ((torch.arange(2) + torch.rand(150, 2, generator=source)) * 500).long()
     chosen = torch.randint(len(TEMPLATES), (300,), generator=source).view(150, 2)
     noise = torch.randn((300, 4, 8, 8), generator=source).view(150, 2, 4, 8, 8)
-    for style in (0, 149):
+    for style in (0, *range(128, 150)):
         token = anchor.clone().requires_grad_(True)
         ids = [tower[chosen[style]] for tower in model.prompts()]
         rows = latents[style].expand(2, -1, -1, -1)
