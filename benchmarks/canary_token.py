@@ -26,8 +26,8 @@ from sfumato.audit.epsilon_bound import epsilon_lower_bound
 from sfumato.data.images import ProtectedImages
 from sfumato.personalization.aggregation import geometry, make_plan, shrunk
 from sfumato.personalization.inversion import InversionPlan, invert
-from sfumato.personalization.style_bank import StyleBank
-from sfumato.personalization.text_to_image import TEMPLATES, TextToImage, embedded_folder
+from sfumato.personalization.style_bank import StyleBank, embedded_bank
+from sfumato.personalization.text_to_image import TEMPLATES, TextToImage
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.vectors import vector_mean
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="where portraits.py wrote its files")
     parser.add_argument("--out", type=Path, required=True, help="folder of benchmarks/personalize.py")
     parser.add_argument("--model", default="portraits")
-    parser.add_argument("--bank", type=Path, default=embedded_folder() / "styles.safetensors")
+    parser.add_argument("--bank", type=Path, default=embedded_bank())
     parser.add_argument("--rounds", type=int, default=600)
     parser.add_argument(
         "--loss-rounds", type=int, default=200, help="rounds that the slower loss score plays"

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -30,19 +29,20 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
+from fetch import CACHE
 from portraits import HELD_OUT, PUBLIC
 
 from sfumato.data.images import ProtectedImages
 from sfumato.encoders.encoder import open_encoder
 from sfumato.evaluation.kernel_distance import squared_mmd
 from sfumato.evaluation.style import style_score
-from sfumato.personalization.aggregation import geometry, make_plan, shrunk
+from sfumato.personalization.aggregation import cosine, geometry, make_plan, shrunk
 from sfumato.personalization.dp_sgd_inversion import DPSGDSettings, dp_sgd_inversion, dp_sgd_plan
 from sfumato.personalization.inversion import InversionPlan, invert, invert_style
 from sfumato.personalization.run import vocabulary
-from sfumato.personalization.style_bank import StyleBank
+from sfumato.personalization.style_bank import StyleBank, embedded_bank
 from sfumato.personalization.style_votes import style_votes
-from sfumato.personalization.text_to_image import TextToImage, embedded_folder, open_pipeline
+from sfumato.personalization.text_to_image import TextToImage, open_pipeline
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.vectors import nearest_candidate, vector_mean
@@ -327,7 +327,7 @@ class Bench:
             "key": cell.key, "kid": squared_mmd(found.astype(np.float64), real.astype(np.float64)),
             "hits": round(score.value * len(found)), "pictures": len(found), "chance": score.chance,
             "norm": None if token is None else float(np.linalg.norm(token)),
-            "cosine_to_mean": None if mean is None or token is None else _cosine(token - center, mean - center),
+            "cosine_to_mean": None if mean is None or token is None else cosine(token, mean, center),
             "token": None if token is None else [round(float(x), 5) for x in token],
         }  # fmt: skip
 
@@ -390,12 +390,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
     parser.add_argument("--tier", choices=sorted(TIERS), default="cpu")
-    parser.add_argument("--data", type=Path, default=cache, help="where portraits.py wrote its files")
+    parser.add_argument("--data", type=Path, default=CACHE, help="where portraits.py wrote its files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="portraits")
-    parser.add_argument("--bank", type=Path, default=embedded_folder() / "styles.safetensors")
+    parser.add_argument("--bank", type=Path, default=embedded_bank())
     parser.add_argument("--styles", nargs="+", default=list(HELD_OUT))
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="stop after so long; the same command goes on"
@@ -428,10 +427,6 @@ def main() -> None:
 
 def _digest(image: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
 def _file(cell: Cell) -> str:

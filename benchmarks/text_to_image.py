@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))
+from fetch import CACHE
 from portraits import PUBLIC
 
 from sfumato.encoders.encoder import open_encoder
@@ -50,8 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
-    parser.add_argument("--data", type=Path, default=cache, help="where portraits.py wrote its files")
+    parser.add_argument("--data", type=Path, default=CACHE, help="where portraits.py wrote its files")
     parser.add_argument("--model", default="portraits")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--each", type=int, default=8, help="pictures of each style and prompt")

@@ -7,7 +7,6 @@ sfumato style-bank public-styles.npz --out src/sfumato/personalization/portraits
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from pictures import FILTERS, as_tensor, filtered, read
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "data"))
+from fetch import CACHE
 from portraits import PUBLIC
 
 EACH = 64
@@ -25,8 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
-    parser.add_argument("--data", type=Path, default=cache, help="where portraits.py wrote its files")
+    parser.add_argument("--data", type=Path, default=CACHE, help="where portraits.py wrote its files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=32)
     options = parser.parse_args()

@@ -29,6 +29,7 @@ from torch.nn.functional import mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "data"))
+from fetch import CACHE
 from pictures import FILTERS, Portraits, as_tensor, caption, filtered, read
 from portraits import PUBLIC
 
@@ -237,8 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
-    parser.add_argument("--data", type=Path, default=cache, help="where portraits.py wrote its files")
+    parser.add_argument("--data", type=Path, default=CACHE, help="where portraits.py wrote its files")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between stages")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline")
     parser.add_argument("--minutes", type=float, default=26, help="of the text encoder and the U-Net")

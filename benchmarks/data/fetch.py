@@ -32,6 +32,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
+"""Where collections are kept unless told."""
+
 RECIPE = 1  # raise it when the same packages would give other images
 PER_CLASS = 240
 ICON_PIXELS = 96  # icons are rendered at this many pixels, then moved and shrunk
@@ -99,8 +102,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("collection", help="public-fashion, mnist, icons:SET or faces:STYLE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
-    parser.add_argument("--out", type=Path, default=cache, help=f"folder to write to (default {cache})")
+    parser.add_argument("--out", type=Path, default=CACHE, help=f"folder to write to (default {CACHE})")
     parser.add_argument("--size", type=int, help="pixels of a side: 28; 32 for icons and faces")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the changes to icons and glyphs, and of faces"
@@ -138,26 +140,37 @@ def fetch(collection: str, out: Path, *, size: int | None = None, seed: int = 0)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{collection.replace(':', '-')}{'' if size == 28 else f'-{size}'}.npz"
     wanted = {"collection": collection, "recipe": RECIPE, "size": size, "seed": seed}
-    about = path.with_suffix(".json")
-    if path.is_file() and about.is_file():
-        found = json.loads(about.read_text(encoding="utf-8"))
-        if all(found.get(key) == value for key, value in wanted.items()):
-            return path
+    if is_there(path, wanted):
+        return path
     packages: dict[str, Any] = {}
     reader = drawn_by_dicebear if name == "faces" else _package
     images, labels = makers[name](functools.partial(reader, out / "packages", packages), size, seed, part)
     arrays: dict[str, Any] = {"images": images} if labels is None else {"images": images, "labels": labels}
-    half = path.with_name(path.name + ".part")
-    with open(half, "wb") as stream:
-        np.savez_compressed(stream, **arrays)
-    os.replace(half, path)
     names, counts = np.unique(labels, return_counts=True) if labels is not None else ([], [])
     described = {
         **wanted, "images": len(images), "packages": packages,
         "per_class": dict(zip(map(str, names), map(int, counts), strict=True)),
     }  # fmt: skip
-    about.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    keep(path, arrays, described)
     return path
+
+
+def is_there(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `path` was written for exactly this, by the .json beside it."""
+    about = path.with_suffix(".json")
+    if not (path.is_file() and about.is_file()):
+        return False
+    found = json.loads(about.read_text(encoding="utf-8"))
+    return all(found.get(key) == value for key, value in wanted.items())
+
+
+def keep(path: Path, arrays: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write a collection as a whole, then the .json that describes it."""
+    half = path.with_name(path.name + ".part")
+    with open(half, "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    os.replace(half, path)
+    path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 # What a package holds, by file name without its leading "package/".
@@ -326,9 +339,7 @@ def _faces(read: Any, size: int, seed: int, style: str) -> tuple[np.ndarray, np.
     for number, face in enumerate(read(style, seed, 4 * size)):
         if number % 1000 == 0:
             print(f"drawing {style} faces: {number} of {FACES}", file=sys.stderr)
-        drawn = Image.fromarray(rendered(face["svg"]))
-        white = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
-        image = np.asarray(white.resize((size, size), Image.Resampling.BOX))
+        image = on_white(face["svg"], size)
         if image.tobytes() not in known:
             known.add(image.tobytes())
             images.append(image)
@@ -398,10 +409,10 @@ def _render(icons: dict[str, Any], name: str, pixels: int) -> np.ndarray:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{left} {top} {width} {height}" width="{pixels}" height="{pixels}">{body}</svg>'
     )
-    return rendered(svg)
+    return _rendered(svg)
 
 
-def rendered(svg: str) -> np.ndarray:
+def _rendered(svg: str) -> np.ndarray:
     """An SVG at its own width and height, uint8 [height, width, 4]."""
     try:
         import resvg_py
@@ -410,6 +421,13 @@ def rendered(svg: str) -> np.ndarray:
     png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)
     with Image.open(io.BytesIO(bytes(png))) as image:
         return np.asarray(image.convert("RGBA"))
+
+
+def on_white(svg: str, size: int) -> np.ndarray:
+    """An SVG on white, shrunk to uint8 [size, size, 3]."""
+    drawn = Image.fromarray(_rendered(svg))
+    white = Image.alpha_composite(Image.new("RGBA", drawn.size, "white"), drawn).convert("RGB")
+    return np.asarray(white.resize((size, size), Image.Resampling.BOX))
 
 
 def _drawn(picture: np.ndarray, plain: bool, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -24,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fetch import DICEBEAR, FetchError, drawn_by_dicebear, rendered
-from PIL import Image
+from fetch import CACHE, DICEBEAR, FetchError, drawn_by_dicebear, is_there, keep, on_white
 
 PUBLIC = (
     "adventurer", "adventurer-neutral", "big-ears", "big-ears-neutral", "big-smile", "dylan", "fun-emoji",
@@ -113,31 +111,23 @@ def portraits(style: str, out: Path, *, count: int, size: int, seed: int = 0) ->
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"portraits-{style}-{size}.npz"
     wanted = {"style": style, "count": count, "size": size, "seed": seed, "recipe": 1}
-    about = path.with_suffix(".json")
-    if path.is_file() and about.is_file():
-        found = json.loads(about.read_text(encoding="utf-8"))
-        if all(found.get(key) == value for key, value in wanted.items()):
-            return path
+    if is_there(path, wanted):
+        return path
     packages: dict[str, Any] = {}
     images, attributes, known = [], [], set()
     drawn: Iterator[Any] = drawn_by_dicebear(
         out / "packages", packages, style, seed, 4 * size, count=2 * count, often=35
     )
     for face in drawn:
-        picture = Image.fromarray(rendered(face["svg"]))
-        white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        image = np.asarray(white.resize((size, size), Image.Resampling.BOX))
+        image = on_white(face["svg"], size)
         if image.tobytes() not in known:
             known.add(image.tobytes())
             images.append(image)
             attributes.append(json.dumps(described(face["has"])))
         if len(images) == count:
             break
-    with open(path.with_name(path.name + ".part"), "wb") as stream:
-        np.savez_compressed(stream, images=np.stack(images), attributes=np.array(attributes))
-    os.replace(path.with_name(path.name + ".part"), path)
-    described_set = {**wanted, "images": len(images), "packages": packages}
-    about.write_text(json.dumps(described_set, indent=1) + "\n", encoding="utf-8")
+    arrays = {"images": np.stack(images), "attributes": np.array(attributes)}
+    keep(path, arrays, {**wanted, "images": len(images), "packages": packages})
     return path
 
 
@@ -147,8 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("styles", nargs="+", help="styles by name, `public` or `held-out`")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato" / "benchmarks"
-    parser.add_argument("--out", type=Path, default=cache, help=f"folder to write to (default {cache})")
+    parser.add_argument("--out", type=Path, default=CACHE, help=f"folder to write to (default {CACHE})")
     parser.add_argument("--size", type=int, default=32, help="pixels of a side")
     parser.add_argument("--count", type=int, default=2500, help="portraits of each style")
     options = parser.parse_args()

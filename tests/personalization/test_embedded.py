@@ -10,8 +10,7 @@ from PIL import Image
 
 from sfumato.cli.main import main
 from sfumato.personalization.plan import embedded_plan
-from sfumato.personalization.run import BANK
-from sfumato.personalization.style_bank import StyleBank
+from sfumato.personalization.style_bank import StyleBank, embedded_bank
 from sfumato.personalization.text_to_image import TextToImage, embedded_folder
 from sfumato.privacy.budget import Budget
 
@@ -25,7 +24,7 @@ def model():
 
 def test_it_is_small_whole_and_holds_no_pickle():
     files = [path for path in embedded_folder().rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.name != BANK) <= LARGEST
+    assert sum(path.stat().st_size for path in files if path != embedded_bank()) <= LARGEST
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".txt"}
     assert (
         json.loads((embedded_folder() / "model_index.json").read_text())["_class_name"]
@@ -35,7 +34,7 @@ def test_it_is_small_whole_and_holds_no_pickle():
 
 def test_its_card_names_every_source_and_no_protected_style_is_among_the_public_ones():
     card = (embedded_folder() / "README.md").read_text()
-    bank = StyleBank.load(embedded_folder() / BANK)
+    bank = StyleBank.load(embedded_bank())
     styles = {name.split()[-1] for name in bank.names}
     assert len(styles) >= 10 and all(style in card for style in styles)
     assert not any(style.startswith(("notionists", "croodles")) for style in styles)
@@ -43,7 +42,7 @@ def test_its_card_names_every_source_and_no_protected_style_is_among_the_public_
 
 
 def test_the_bank_was_made_for_this_model(model):
-    bank = StyleBank.load(embedded_folder() / BANK)
+    bank = StyleBank.load(embedded_bank())
     bank.check(model.fingerprint, model.dimension, model.vectors, "the embedded style bank")
     basis = bank.directions(None)
     assert np.allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-9)
@@ -56,7 +55,7 @@ def test_a_public_style_explains_its_own_pictures_best(model):
     from sfumato.personalization.style_votes import style_votes
     from sfumato.personalization.text_to_image import open_pipeline
 
-    bank = StyleBank.load(embedded_folder() / BANK)
+    bank = StyleBank.load(embedded_bank())
     pictures = draw(open_pipeline("portraits"), ["a portrait in the style of thumbs"] * 4, steps=10)
     best = style_votes(model, bank, draws=4)(pictures).argmax(1)
     assert sum(bank.names[i].split()[-1] == "thumbs" for i in best) >= 3

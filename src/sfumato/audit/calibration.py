@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sfumato.errors import InputError
+from sfumato.evaluation.intervals import check_level, clopper_pearson
 
 
 class TooFewHeldOut(InputError):
@@ -45,33 +46,6 @@ class Threshold:
     low: float
     high: float
     holdout: int
-
-
-def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Exact two-sided interval of a probability after k successes in n independent trials.
-
-    Clopper and Pearson 1934. InputError unless 0 <= k <= n, n >= 1 and 0 < level < 1.
-    """
-    from scipy.stats import beta
-
-    _check_level(level)
-    if n < 1 or not 0 <= k <= n:
-        raise InputError(f"{k} of {n} is no count; an interval needs 0 <= k <= n and n >= 1")
-    tail = (1 - level) / 2
-    low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
-    high = 1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k))
-    return low, high
-
-
-def rule_of_three(n: int, level: float = 0.95) -> float:
-    """Upper bound of a probability after 0 successes in n independent trials: 1 - (1 - level)^(1/n), about 3/n.
-
-    One-sided, as zero has nothing below it. InputError unless n >= 1 and 0 < level < 1.
-    """
-    _check_level(level)
-    if n < 1:
-        raise InputError(f"nothing is known from {n} trials; give at least one")
-    return float(-math.expm1(math.log1p(-level) / n))
 
 
 def calibrate(holdout_to_train: np.ndarray, *, rate: float = 0.01) -> Threshold:
@@ -165,7 +139,7 @@ def excess(
 
     InputError for N = 0, arrays of different lengths, hits out of range, or a level outside (0, 1).
     """
-    _check_level(level)
+    check_level(level)
     train_hits, holdout_hits, clusters = (np.asarray(each) for each in (train_hits, holdout_hits, clusters))
     num_images = len(train_hits)
     if num_images == 0:
@@ -215,8 +189,3 @@ def _weighted_count(weights: np.ndarray, largest: float, level: float) -> tuple[
     unseen = more / (total + largest) - more + 1
     high = 1.0 if unseen <= 1e-9 else float(beta.ppf(1 - tail, more, unseen))
     return total, min(low, total), max(high, total)
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise InputError(f"a confidence level of {level:g} is not between 0 and 1; 0.95 is usual")

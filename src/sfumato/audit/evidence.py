@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.audit.calibration import Threshold, calibrate, clopper_pearson, excess, reference_blocks
+from sfumato.audit.calibration import Threshold, calibrate, excess, reference_blocks
 from sfumato.audit.extraction import CARLINI_NEIGHBOURS, carlini_ratio, gu_ratio
 from sfumato.audit.matching import best_matches
 from sfumato.audit.scores import ams, banded, saturation, ums
 from sfumato.audit.similarity import Extractor, informative
+from sfumato.evaluation.intervals import clopper_pearson
 
 BANDS = 4  # of equal width, from the threshold up to the closest match
 COPIES, FAINT = 200, 4  # training images that a threshold has to recognise, and the noise on them, of 255

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sfumato.audit.calibration import clopper_pearson
 from sfumato.diffusion.generator import to_float
 from sfumato.errors import InputError
+from sfumato.evaluation.intervals import clopper_pearson
 from sfumato.progress import Progress
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sfumato.audit.calibration import clopper_pearson
 from sfumato.errors import InputError
+from sfumato.evaluation.intervals import clopper_pearson
 
 LEVEL = 0.95  # of the verdict as a whole
 BYSTANDERS = ("conditioned",)

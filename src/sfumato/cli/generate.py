@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tyro.conf import Positional
 
+from sfumato.cli.image_folder import new_folder, write_images
 from sfumato.cli.parsing import parse, say
 from sfumato.errors import InputError
 
@@ -45,11 +43,8 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError(f"--num-images {options.num_images} cannot be used: it has to be 1 or more.")
     if options.guidance is not None and options.guidance < 0:
         raise InputError(f"--guidance {options.guidance} cannot be used: it has to be 0 or more.")
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} already holds something; choose another folder.")
+    out = new_folder(options.out)
 
-    from sfumato.data.release import ReleaseWriter
     from sfumato.diffusion.generator import Generator
 
     generator = Generator.from_pretrained(options.model)
@@ -63,13 +58,6 @@ def run(arguments: Sequence[str]) -> int:
         generator = generator.with_sampling(guidance=options.guidance)
     images, made = generator.generate(options.num_images, labels=labels, seed=options.seed)
 
-    working = out.with_name(out.name + ".partial")
-    writer = ReleaseWriter(working)
-    writer.images(images, made if len(names) > 1 else None, names)
-    complete = writer.complete()
-    if out.exists():
-        out.rmdir()
-    os.replace(complete / "images", out)
-    shutil.rmtree(working, ignore_errors=True)
+    write_images(out, images, made if len(names) > 1 else None, names)
     say(f"{len(images):,} images in {out}. Post-processing: no budget was spent.")
     return 0

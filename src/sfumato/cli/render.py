@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from sfumato.cli.image_folder import new_folder, write_images
 from sfumato.cli.parsing import parse, say
 from sfumato.errors import InputError
 from sfumato.personalization.options import RenderOptions
@@ -17,9 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     arguments = ["--num-images" if argument == "-n" else argument for argument in arguments]
     options = parse(RenderOptions, "sfumato render", arguments)
     options.check()
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} already holds something; choose another folder.")
+    out = new_folder(options.out)
     token_file = Path(options.token_file)
     if token_file.is_dir():
         token_file = token_file / "learned_embeds.safetensors"
@@ -27,7 +24,6 @@ def run(arguments: Sequence[str]) -> int:
         raise InputError(
             f"--token-file {token_file} does not exist. Give learned_embeds.safetensors of a release"
         )
-    from sfumato.data.release import ReleaseWriter
     from sfumato.machine import best_defaults
     from sfumato.personalization.export import render
 
@@ -35,14 +31,7 @@ def run(arguments: Sequence[str]) -> int:
         options.model, token_file, options.prompt, options.num_images, seed=options.seed, steps=options.steps,
         guidance=options.guidance, negative_prompt=options.negative_prompt, device=best_defaults().device,
     )  # fmt: skip
-    working = out.with_name(out.name + ".partial")
-    writer = ReleaseWriter(working)
-    writer.images(pictures, None, [])
-    complete = writer.complete()
-    if out.exists():
-        out.rmdir()
-    os.replace(complete / "images", out)
-    shutil.rmtree(working, ignore_errors=True)
+    write_images(out, pictures, None, [])
     if not named:
         say("note: the prompt does not name the token, so the pictures are of the model alone")
     say(f"{len(pictures):,} pictures in {out}. Post-processing: no budget was spent.")

@@ -109,6 +109,11 @@ class ReleaseWriter:
         with self._writing():
             self._place(name).write_text(text, encoding="utf-8")
 
+    def file(self, name: str) -> Path:
+        """Where somebody else may write a file (a token), in the release's folder or one that is made here."""
+        with self._writing():
+            return self._place(name)
+
     def directory(self, name: str) -> Path:
         """Make a folder for somebody else to write into (a model); looked through again by `complete()`."""
         with self._writing():

@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta
 
 from sfumato.errors import InputError
 from sfumato.evaluation.frechet import check_dimensions
-
-CONFIDENCE = 0.95
+from sfumato.evaluation.intervals import clopper_pearson
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,7 @@ def style_score(
     if not np.isfinite(found).all():
         raise InputError("the style score needs features that are finite and not zero")
     hits, total = int((found.argmax(1) < each).sum()), len(generated)
-    tail = (1 - CONFIDENCE) / 2
-    low = float(beta.ppf(tail, hits, total - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, total - hits)) if hits < total else 1.0
-    return StyleScore(hits / total, low, high, 1 / (1 + len(styles)))
+    return StyleScore(hits / total, *clopper_pearson(hits, total), 1 / (1 + len(styles)))
 
 
 def _unit(features: np.ndarray) -> np.ndarray:

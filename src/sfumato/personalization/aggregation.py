@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sfumato.errors import InputError
+from sfumato.personalization.options import Method
 from sfumato.personalization.style_bank import StyleBank
 from sfumato.privacy.accounting import calibrate, epsilon_of
 from sfumato.privacy.budget import Budget
@@ -34,7 +35,9 @@ from sfumato.privacy.vectors import (
     vector_mean_event,
 )
 
-Method = Literal["dpagg-ti", "paper", "mean", "selection", "dp-sgd"]
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+
 LARGEST_SHARE_OF_SELECTION = 1 / 3
 TOO_NOISY = 1.0  # noise over the length of what a style usually is: beyond it the token says nothing
 
@@ -122,6 +125,11 @@ class Plan:
             out.append(PlannedEvent(VECTOR_MEAN, says, event))
         return out
 
+    @property
+    def costs(self) -> list[DpEvent]:
+        """What the events cost, for the accounting."""
+        return [each.total for each in self.events]
+
     def mean(self, center: np.ndarray | None = None) -> MeanPlan:
         """The mechanism's plan, about another centre if one was chosen."""
         assert self.noise_multiplier is not None
@@ -160,17 +168,13 @@ def make_plan(
     if (method == "selection" or select) and candidates < 2:
         raise InputError(
             "choosing among public styles needs a style bank of two or more; no budget was spent. Give "
-            "--subspace, made "
-            "by `sfumato style-bank`"
+            "--subspace, made by `sfumato style-bank`"
         )
     if method == "selection":
         return Plan(method, units, shape, None, budget.epsilon, candidates=candidates)
     share = _price_of_vote(budget.epsilon, units, candidates) if select else None
     plan = Plan(method, units, shape, 1.0, share, sampling_probability, candidates)
-    noise = calibrate(
-        lambda z: [each.total for each in replace(plan, noise_multiplier=z).events],
-        budget,
-    )
+    noise = calibrate(lambda z: replace(plan, noise_multiplier=z).costs, budget)
     return replace(plan, noise_multiplier=noise)
 
 
@@ -185,14 +189,13 @@ def what_would_do(plan: Plan, budget: Budget) -> tuple[int, float]:
     assert plan.noise_multiplier is not None
     voted = plan.selection_epsilon is not None
     shape, sampled = plan.geometry, plan.sampling_probability
-    allowed = (
-        TOO_NOISY * shape.signal / (shape.radius * math.sqrt(shape.directions))
-    )  # noise multiplier, for one unit
+    # The noise multiplier that one unit alone could bear.
+    allowed = TOO_NOISY * shape.signal / (shape.radius * math.sqrt(shape.directions))
 
     def cost(units: float, price: float | None) -> float:
         noise = allowed * max(1.0, units * sampled)
         most = replace(plan, units=units, noise_multiplier=noise, selection_epsilon=price)
-        return epsilon_of([each.total for each in most.events], budget.delta)
+        return epsilon_of(most.costs, budget.delta)
 
     def fits(units: float, epsilon: float) -> bool:
         return cost(units, _price_of_vote(epsilon, units, plan.candidates)) <= epsilon

@@ -52,9 +52,8 @@ class TokenNet(nn.Module):
         super().__init__()
         self.rows = nn.Embedding(1, model.dimension)
         self.rows.weight.data.copy_(anchor.float()[None])
-        self._losses = lambda *given: model.losses(
-            *given
-        )  # frozen: not this network's, and not copied with it
+        # The model is frozen: not this network's, and not copied with it.
+        self._losses = lambda *given: model.losses(*given)
         self._prompts = model.prompts(TEMPLATES)
 
     def forward(self, latents: Tensor, noise: Tensor, times: Tensor, template: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sfumato.errors import InputError
@@ -32,8 +32,7 @@ def check_new(pipeline: Any, token: str, vectors: int) -> None:
         if any(name.lower() in words or f"{name.lower()}</w>" in words for name in names):
             raise InputError(
                 f"--token {token!r} is already in the model's vocabulary, and prompts with it would mean "
-                "something else; no "
-                f'budget was spent. Choose another, such as "<my-{token.strip("<>")}>"'
+                f'something else; no budget was spent. Choose another, such as "<my-{token.strip("<>")}>"'
             )
 
 
@@ -63,9 +62,7 @@ def read_token(path: Path) -> tuple[str, np.ndarray, dict[str, str]]:
         raise InputError(
             f"--token-file {path} does not exist. Give learned_embeds.safetensors of a release"
         ) from None
-    except Exception as error:
-        if not isinstance(error, OSError | ValueError) and "Safetensor" not in type(error).__name__:
-            raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"--token-file {path} is no token file ({' '.join(str(error).split())[:100]}). Give "
             "learned_embeds.safetensors of a release"
@@ -79,22 +76,20 @@ def load_token(pipeline: Any, path: Path) -> str:
     """
     token, rows, _ = read_token(path)
     check_new(pipeline, token, len(rows))
-    encoders = [(path, pipeline.text_encoder, pipeline.tokenizer)]
+    encoders = [(path, rows, pipeline.text_encoder, pipeline.tokenizer)]
     if getattr(pipeline, "text_encoder_2", None) is not None:
         second = path.with_name(FILES[1])
         if not second.exists():
             raise InputError(
                 f"--token-file: {second} is missing, and this model has two text encoders. Put it beside {path.name}"
             )
-        encoders.append((second, pipeline.text_encoder_2, pipeline.tokenizer_2))
-    for file, encoder, tokenizer in encoders:
-        _, values, _ = read_token(file)
+        encoders.append((second, read_token(second)[1], pipeline.text_encoder_2, pipeline.tokenizer_2))
+    for file, values, encoder, tokenizer in encoders:
         width = encoder.get_input_embeddings().weight.shape[1]
         if values.shape[1] != width:
             raise InputError(
                 f"--token-file {file} has rows of {values.shape[1]} numbers, and the model's have {width}: it was "
-                "learnt for "
-                "another model"
+                "learnt for another model"
             )
         pipeline.load_textual_inversion(
             str(file.parent), weight_name=file.name, text_encoder=encoder, tokenizer=tokenizer

@@ -12,7 +12,7 @@ the sum of all tokens with it by far more than one clip norm.)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from sfumato.data.files import write_whole
 from sfumato.errors import InputError
 from sfumato.personalization.text_to_image import TEMPLATES, TextToImage
 from sfumato.progress import Progress
+
+ROWS_AT_ONCE = 256  # of public styles
 
 
 @dataclass(frozen=True)
@@ -105,61 +107,79 @@ def invert(
     advance: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Tokens of B images from their latents [B, C, h, w]: float64 [B, D]. Deterministic given `plan.seed`."""
-    images, draws, steps = len(latents), plan.draws, steps or plan.steps
-    tokens = anchor.to(model.device).float().expand(images, -1).clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([tokens], lr=plan.learning_rate, betas=(0.9, 0.99), eps=1e-8, foreach=False)
+    images, draws, levels = len(latents), plan.draws, len(model.alphas)
     prompts = model.prompts(TEMPLATES)
-    source = torch.Generator().manual_seed(plan.seed)  # on the CPU: the same noise on every device
-    levels = len(model.alphas)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * (1 - 0.9 * step / max(1, plan.steps))
+
+    def losses(tokens: Tensor, source: torch.Generator) -> Iterator[Tensor]:
+        """One draw of noise, levels and prompts for all images."""
         chosen = torch.randint(len(TEMPLATES), (draws,), generator=source)
         times = (torch.arange(draws) + torch.rand(draws, generator=source)) * (levels / draws)
         noise = torch.randn((draws, *latents.shape[1:]), generator=source).to(model.device)
-        ids = [tower.index_select(0, chosen.to(model.device)).repeat(images, 1) for tower in prompts]
-        losses = model.losses(
+        yield model.losses(
             latents.repeat_interleave(draws, 0),
             noise.repeat(images, 1, 1, 1),
             times.long().clamp_max(levels - 1).to(model.device).repeat(images),
-            ids,
+            [tower.index_select(0, chosen.to(model.device)).repeat(images, 1) for tower in prompts],
             tokens.repeat_interleave(draws, 0),
         )
-        (gradient,) = torch.autograd.grad(losses.sum() / draws, tokens)
-        tokens.grad = gradient
-        optimizer.step()
-        if advance is not None:
-            advance()
-    return tokens.detach().double().cpu().numpy()
+
+    return _descend(model, anchor, images, plan, losses, steps=steps, advance=advance)
 
 
 def invert_style(
-    model: TextToImage, latents: Tensor, style: Tensor, count: int, anchor: Tensor, plan: InversionPlan
+    model: TextToImage,
+    latents: Tensor,
+    style: Tensor,
+    count: int,
+    anchor: Tensor,
+    plan: InversionPlan,
+    *,
+    advance: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Ordinary textual inversion of `count` *public* styles at once, float64 [count, D]: one token learnt from all of
     its images. latents [N, C, h, w]; style int64 [N], whose token an image teaches. No guarantee."""
-    tokens = anchor.to(model.device).float().expand(count, -1).clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([tokens], lr=plan.learning_rate, betas=(0.9, 0.99), foreach=False)
-    prompts, source = model.prompts(TEMPLATES), torch.Generator().manual_seed(plan.seed)
+    prompts, levels, draws = model.prompts(TEMPLATES), len(model.alphas), plan.draws
     members = [torch.nonzero(style == number).flatten() for number in range(count)]
-    levels, rows = len(model.alphas), torch.arange(count).repeat_interleave(plan.draws)
-    for step in range(plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * (1 - 0.9 * step / plan.steps)
-        picked = torch.cat([own[torch.randint(len(own), (plan.draws,), generator=source)] for own in members])
-        times = (torch.arange(plan.draws) + torch.rand(count, plan.draws, generator=source)) * (
-            levels / plan.draws
-        )
+    rows = torch.arange(count).repeat_interleave(draws)
+
+    def losses(tokens: Tensor, source: torch.Generator) -> Iterator[Tensor]:
+        """Other images, noise, levels and prompts for each style, in parts that fit into memory."""
+        picked = torch.cat([own[torch.randint(len(own), (draws,), generator=source)] for own in members])
+        times = (torch.arange(draws) + torch.rand(count, draws, generator=source)) * (levels / draws)
+        times = times.flatten().long().clamp_max(levels - 1).to(model.device)
         chosen = torch.randint(len(TEMPLATES), (len(rows),), generator=source).to(model.device)
         noise = torch.randn((len(rows), *latents.shape[1:]), generator=source).to(model.device)
-        for start in range(0, len(rows), 256):
-            part = slice(start, start + 256)
-            losses = model.losses(
-                latents[picked[part]].to(model.device), noise[part],
-                times.flatten()[part].long().clamp_max(levels - 1).to(model.device),
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            yield model.losses(
+                latents[picked[part]].to(model.device), noise[part], times[part],
                 [tower.index_select(0, chosen[part]) for tower in prompts], tokens[rows[part].to(model.device)],
             )  # fmt: skip
-            (losses.sum() / plan.draws).backward()
+
+    return _descend(model, anchor, count, plan, losses, advance=advance)
+
+
+def _descend(
+    model: TextToImage,
+    anchor: Tensor,
+    count: int,
+    plan: InversionPlan,
+    losses: Callable[[Tensor, torch.Generator], Iterator[Tensor]],
+    *,
+    steps: int | None = None,
+    advance: Callable[[], None] | None = None,
+) -> np.ndarray:
+    """`count` tokens that start from the anchor, by Adam on the sum of a step's losses; float64 [count, D]."""
+    tokens = anchor.to(model.device).float().expand(count, -1).clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([tokens], lr=plan.learning_rate, betas=(0.9, 0.99), foreach=False)
+    source = torch.Generator().manual_seed(plan.seed)  # on the CPU: the same noise on every device
+    for step in range(steps or plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * (1 - 0.9 * step / plan.steps)
+        for part in losses(tokens, source):
+            (part.sum() / plan.draws).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if advance is not None:
+            advance()
     return tokens.detach().double().cpu().numpy()

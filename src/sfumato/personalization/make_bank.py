@@ -39,8 +39,7 @@ def make_bank(options: StyleBankOptions) -> StyleBank:
         if public.label_names is None or len(public.label_names) < FEWEST_STYLES:
             raise InputError(
                 f"{options.styles} has fewer than {FEWEST_STYLES} styles: give one folder of public images for "
-                "each style, ten "
-                "or more"
+                "each style, ten or more"
             )
         images, labels = np.asarray(public.images), np.asarray(public.labels)
         plan = InversionPlan(
@@ -77,9 +76,8 @@ def bank_from_images(
     rows = np.concatenate([mine[:IMAGES_OF_A_STYLE] for mine in own])
     latents = _latents(model, images, rows)
     style = torch.from_numpy(labels[rows])
-    with Progress("styles", 1, f"inversion of {len(names)} styles") as progress:
-        tokens = invert_style(model, latents, style, len(names), anchor, plan)
-        progress.advance()
+    with Progress("styles", plan.steps, f"steps for {len(names)} styles") as progress:
+        tokens = invert_style(model, latents, style, len(names), anchor, plan, advance=progress.advance)
     if not np.isfinite(tokens).all():
         raise InputError("learning the public styles did not converge (NaN): give a smaller --learning-rate")
     middle = tokens.mean(0)

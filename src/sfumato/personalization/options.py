@@ -1,5 +1,4 @@
-"""Options of `sfumato personalize`, `render` and `style-bank`: the fields are the command line, the docstrings "
-"its help."""
+"""Options of `sfumato personalize`, `render` and `style-bank`: fields are the command line, docstrings its help."""
 
 from __future__ import annotations
 
@@ -49,15 +48,14 @@ class PersonalizeOptions:
 
     method: Method = "dpagg-ti"
     """dpagg-ti: one token per image, their noisy mean about a public anchor, along public directions of style,
-    shrunk by
-    the known noise. mean: in all directions, unshrunk. paper: DPAgg-TI as published. selection: the public style most
-    images are nearest to; for very few images. dp-sgd: one token trained on all images with noise at every step."""
+    shrunk by the known noise. mean: in all directions, unshrunk. paper: DPAgg-TI as published. selection: the public
+    style most images are nearest to; for very few images. dp-sgd: one token trained on all images with noise at every
+    step."""
 
     anchor: str | None = None
     """What private tokens are measured from: a word of the model's vocabulary, such as art; `bank` for the mean of the
     public styles; `nearest` for the public style that most private images are nearest to, chosen with a part of ε.
-    Default:
-    bank where there is one, else art."""
+    Default: bank where there is one, else art."""
 
     subspace: str | None = None
     """File of public styles for this model, made by `sfumato style-bank`. Default: the embedded model's own; none for
@@ -117,8 +115,7 @@ class PersonalizeOptions:
         if size is not None and self.delta >= 1 / size and self.method != "selection":
             raise InputError(
                 f"--delta {self.delta:g} is too large for {size} units: with a δ of 1/{size} a release could "
-                "publish one of "
-                "them outright; no budget was spent. Leave it out, or choose it far below that"
+                "publish one of them outright; no budget was spent. Leave it out, or choose it far below that"
             )
         if self.anchor == "nearest" and self.method in ("paper", "dp-sgd", "selection"):
             raise InputError(
@@ -130,11 +127,8 @@ class PersonalizeOptions:
         """`out`, or runs/NAME-epsE made from the private images' name and ε."""
         if self.out is not None:
             return self.out
-        name = (
-            re.sub(r"[^A-Za-z0-9]+", "-", self.images.rstrip("/").split("/")[-1].split(".")[0])
-            .strip("-")
-            .lower()
-        )
+        last = self.images.rstrip("/").split("/")[-1].split(".")[0]
+        name = re.sub(r"[^A-Za-z0-9]+", "-", last).strip("-").lower()
         return f"runs/{name or 'images'}-eps{self.epsilon:g}"
 
     @property

@@ -1,14 +1,16 @@
-"""What a budget buys for a style: noise beside what a style usually is, and what would be enough. Reads nothing "
-"private."""
+"""What a budget buys for a style: noise beside what a style usually is, and what would be enough.
+
+Reads nothing private."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from sfumato.personalization.aggregation import TOO_NOISY, Method, geometry, make_plan, what_would_do
+from sfumato.personalization.aggregation import TOO_NOISY, geometry, make_plan, what_would_do
 from sfumato.personalization.dp_sgd_inversion import dp_sgd_plan
-from sfumato.personalization.style_bank import StyleBank
-from sfumato.personalization.text_to_image import EMBEDDED, embedded_folder
+from sfumato.personalization.options import Method
+from sfumato.personalization.style_bank import StyleBank, embedded_bank
+from sfumato.personalization.text_to_image import EMBEDDED
 from sfumato.privacy.budget import Budget, delta_warning
 
 
@@ -56,7 +58,7 @@ def plan_lines(
 
 def embedded_plan(method: Method, budget: Budget, units: int) -> list[str]:
     """The plan for the embedded model and its bank."""
-    bank = StyleBank.load(embedded_folder() / "styles.safetensors")
+    bank = StyleBank.load(embedded_bank())
     return [
         *plan_lines(method, budget, units, bank.anchor.astype(np.float64), bank.tokens, bank),
         f"for the embedded model ({EMBEDDED}); another model's figures come from its own style bank, with `sfumato "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import sys
@@ -33,20 +32,19 @@ from sfumato.personalization.dp_sgd_inversion import dp_sgd_inversion, dp_sgd_pl
 from sfumato.personalization.export import FILES, check_new, draw, load_token, write_token
 from sfumato.personalization.inversion import Inversion, InversionPlan
 from sfumato.personalization.options import SHEET_PROMPTS, PersonalizeOptions
-from sfumato.personalization.style_bank import StyleBank
+from sfumato.personalization.style_bank import StyleBank, embedded_bank
 from sfumato.personalization.style_votes import style_votes
-from sfumato.personalization.text_to_image import EMBEDDED, TextToImage, embedded_folder, open_pipeline
-from sfumato.privacy import mechanisms, vectors
+from sfumato.personalization.text_to_image import EMBEDDED, TextToImage, open_pipeline
+from sfumato.privacy import vectors
 from sfumato.privacy.answers import Answers
 from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.dp_sgd import DPSGDPlan
-from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.ledger import Ledger
-from sfumato.report.certificate import certificate
+from sfumato.privacy.run_account import check_left, drop_unused, open_account
+from sfumato.report.certificate import certificate, software
 from sfumato.report.style import PICTURES_A_ROW, StyleFacts, style_card, style_report
 
 SHARE_OF_COUNT = 0.1  # of ε, for a noisy count where the number of units is not declared
-BANK = "styles.safetensors"
 FREE = ("out", "dry_run")  # may change between two calls of one run
 OF_THE_COUNT = ("images", "epsilon", "delta", "unit", "ledger", "skip_unreadable", "public_size")
 FIXED, APPLIED = "options_are_fixed", "steps_applied.npy"
@@ -105,10 +103,12 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
         _dry_run(options, public)
         return None
     budget = Budget(options.epsilon, options.delta)
-    embed = None
-    if options.method in ("dpagg-ti", "mean", "paper"):
-        embed = _embedding(options, public, None)
-        vectors.check_embed(embed, (public.model.size, public.model.size, 3))
+    if options.method in (
+        "dpagg-ti",
+        "mean",
+        "paper",
+    ):  # the mechanism tests it too, when a count may be bought
+        vectors.check_embed(_embedding(options, public, None), (public.model.size, public.model.size, 3))
     if options.public_size is not None:  # what can be refused is, before anything is opened or written
         _planned(options, budget, float(options.public_size), public)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
         out / "config.yaml", yaml.safe_dump(_values(options), sort_keys=False, allow_unicode=True).encode()
     )
     internal = InternalWriter(out)  # makes internal/ for the owner alone, before anything is put there
-    ledger = _ledger(options, budget)
+    ledger = open_account(options.ledger, out, budget, "personalize")
     private = ProtectedImages(
         options.images, ledger=ledger, unit=options.unit, size=public.model.size, channels=3,
         public_size=options.public_size, cache_dir=internal.directory("cache"), skip_unreadable=options.skip_unreadable,
@@ -154,8 +154,7 @@ def personalize(options: PersonalizeOptions) -> PersonalizeResult | None:
         warnings.append(f"{lost} of {plan.steps} steps were charged and lost in an interruption")
     claim = certificate(
         answers.reservations, unit=options.unit, public_size=None if units is None else round(units),
-        budget=budget, software=_software(),
-        ledger_head=ledger.head,
+        budget=budget, software=software("transformers"), ledger_head=ledger.head,
     )  # fmt: skip
     _release(out, options, public, plan, claim, token, chosen, warnings)
     done = _finished(out)
@@ -170,8 +169,8 @@ def _public(options: PersonalizeOptions, device: str, autocast: bool) -> _Public
     bank = None
     if options.subspace is not None:
         bank = StyleBank.load(options.subspace)
-    elif options.model == EMBEDDED and (embedded_folder() / BANK).exists() and options.vectors == 1:
-        bank = StyleBank.load(embedded_folder() / BANK)
+    elif options.model == EMBEDDED and options.vectors == 1:
+        bank = StyleBank.load(embedded_bank())
     model = TextToImage(pipeline, vectors=options.vectors, device=device, autocast=autocast)
     if bank is not None:
         bank.check(
@@ -181,8 +180,7 @@ def _public(options: PersonalizeOptions, device: str, autocast: bool) -> _Public
     if wanted in ("bank", "nearest") and bank is None:
         raise InputError(
             f"--anchor {wanted} needs public styles; no budget was spent. Give --subspace, made by `sfumato "
-            "style-bank`, or a "
-            "word as the anchor"
+            "style-bank`, or a word as the anchor"
         )
     if options.method == "selection" and bank is None:
         raise InputError(
@@ -229,10 +227,9 @@ def _planned(
         epsilon *= options.epsilon / budget.epsilon  # with the count's share
         raise InputError(
             f"{units:.0f} {options.unit}s are too few for ε {options.epsilon:g}: the noise would be "
-            f"{plan.noise_share:.1f} times "
-            f"as long as what a style usually is; no budget was spent. {enough} {options.unit}s would do at this "
-            "ε, or ε "
-            f"{epsilon:.2g} with these; or try --method selection, or fewer --directions (`sfumato plan` shows more)"
+            f"{plan.noise_share:.1f} times as long as what a style usually is; no budget was spent. {enough} "
+            f"{options.unit}s would do at this ε, or ε {epsilon:.2g} with these; or try --method selection, or fewer "
+            "--directions (`sfumato plan` shows more)"
         )
     return plan
 
@@ -244,27 +241,12 @@ def _units(
     the token."""
     if options.method == "selection":
         budget = Budget(budget.epsilon, 0.0)
-    fresh = not (answers.folder / "run.json").exists()
-    if fresh:
-        remaining, slack = ledger.remaining, 1 + 1e-9
-        for option, wanted, there in (
-            ("--epsilon", budget.epsilon, remaining.epsilon), ("--delta", budget.delta, remaining.delta),
-        ):  # fmt: skip
-            if wanted > there * slack:
-                raise BudgetError(
-                    f"{option} {wanted:g} is more than {options.ledger_url} has left ({there:.6g}); no budget was "
-                    "spent. "
-                    "Ask for less; `sfumato ledger show` lists what was spent"
-                )
+    if not (answers.folder / "run.json").exists():
+        check_left(ledger, budget, options.ledger_url)
     if private.public_size is not None or options.method == "selection":
         return None if private.public_size is None else float(private.public_size), budget
-    epsilon = SHARE_OF_COUNT * budget.epsilon
-    event = PlannedEvent(mechanisms.COUNT, "number of units", mechanisms.count_event(epsilon))
-    reservation = answers.reserve(ledger, "count", [event], 0.0)
-    found = answers.ask(
-        mechanisms.COUNT, reservation, lambda: np.array(mechanisms.count(private, epsilon, reservation)[0])
-    )
-    return float(found), Budget(budget.epsilon - epsilon, budget.delta)
+    units, spent = answers.count(private, SHARE_OF_COUNT * budget.epsilon)
+    return float(units), Budget(budget.epsilon - spent, budget.delta)
 
 
 def _learn(
@@ -331,11 +313,7 @@ def _release(
     rows = [part.numpy() for part in model.split(torch.from_numpy(token).float())]
     writer = ReleaseWriter(out)
     header = {"sfumato_privacy": claim, "model": model.fingerprint, "statement": claim["statement"]}
-    paths = write_token(writer.directory("token"), options.token, rows, header)
-    folder = paths[0].parent
-    for path in paths:
-        os.replace(path, folder.parent / path.name)
-    folder.rmdir()
+    token_file, *_ = write_token(writer.file(FILES[0]).parent, options.token, rows, header)
     pipeline = open_pipeline(options.model).to(model.device)
     large = model.size > LARGE
     model.release_memory()  # what is drawn below opens the model afresh
@@ -345,7 +323,7 @@ def _release(
     shape = (len(SHEET_PROMPTS), row)
     drawing: dict[str, Any] = {"seed": options.seed, "steps": SHEET_STEPS, "at_once": 1 if large else 8}
     without = draw(pipeline, bare, **drawing)
-    load_token(pipeline, folder.parent / FILES[0])
+    load_token(pipeline, token_file)
     after = draw(pipeline, [p.format(options.token) for p in prompts], **drawing)
     tables = [tower.table.base.weight.detach().cpu().numpy() for tower in model.towers]
     facts = StyleFacts(
@@ -398,34 +376,18 @@ def _take(out: Path, options: PersonalizeOptions) -> None:
         counted = (kept / "run.json").exists()  # only what the count rests on is fixed by it
         fixed = [name for name in changed if counted and name in OF_THE_COUNT]
         if changed and not counted and options.ledger is None:
-            _drop_unused(out)
+            drop_unused(out)
         changed = fixed
     if changed:
         option = "--" + changed[0].replace("_", "-")
         raise InputError(
             f"{out} holds a run with {option} {before.get(changed[0])}, not {_values(options)[changed[0]]}; no "
-            "budget was "
-            "spent now. Repeat that run's command to resume it, or choose another --out"
+            "budget was spent now. Repeat that run's command to resume it, or choose another --out"
         )
-
-
-def _drop_unused(out: Path) -> None:
-    """Remove the run's own ledger if nothing was ever granted in it: its total is that of other options."""
-    own = out / "internal" / "ledger.db"
-    if own.exists() and not Ledger.open(own).reservations():
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            own.with_name(own.name + suffix).unlink(missing_ok=True)
 
 
 def _values(options: PersonalizeOptions) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in FREE}
-
-
-def _ledger(options: PersonalizeOptions, budget: Budget) -> Ledger:
-    if options.ledger is not None:
-        return Ledger.open(options.ledger)
-    Path(options.ledger_url).parent.mkdir(parents=True, exist_ok=True)
-    return Ledger.open(options.ledger_url, total=budget, name="personalize")
 
 
 def _finished(out: Path) -> PersonalizeResult | None:
@@ -434,11 +396,6 @@ def _finished(out: Path) -> PersonalizeResult | None:
         return None
     claim = json.loads(path.read_text(encoding="utf-8"))
     return PersonalizeResult(out / "release", claim["statement"], claim["epsilon"], claim["delta"])
-
-
-def _software() -> dict[str, str]:
-    packages = ("sfumato", "dp-accounting", "torch", "diffusers", "transformers", "opendp")
-    return {name.replace("-", "_"): importlib.metadata.version(name) for name in packages}
 
 
 def _say(line: str) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sfumato.errors import InputError
+from sfumato.personalization.text_to_image import embedded_folder
 
 FORMAT = "sfumato-style-bank/1"
 DIRECTIONS = 16
@@ -58,16 +59,14 @@ class StyleBank:
 
     def radius(self, basis: np.ndarray | None, center: np.ndarray | None = None) -> float:
         """Clip radius R: the median length of public single-image residuals, along the basis where there is one."""
-        residual = self.image_tokens.astype(np.float64) - (self.anchor if center is None else center)
-        along = residual if basis is None else residual @ basis
+        along = self._residuals(basis, center)
         return float(np.quantile(np.linalg.norm(along, axis=1), RADIUS_QUANTILE))
 
     def spread(self, basis: np.ndarray | None, radius: float, center: np.ndarray | None = None) -> np.ndarray:
         """The prior that shrinkage uses, float64 [k]: mean square, over public styles and in each direction, of a
         style's mean clipped residual from the centre (by default the anchor). What few images per style add to it by
         chance is taken off (one-way analysis of variance)."""
-        residual = self.image_tokens.astype(np.float64) - (self.anchor if center is None else center)
-        along = residual if basis is None else residual @ basis
+        along = self._residuals(basis, center)
         length = np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-12)
         clipped = along * np.minimum(1, radius / length)
         groups = [clipped[self.image_style == style] for style in np.unique(self.image_style)]
@@ -75,14 +74,18 @@ class StyleBank:
         chance = [group.var(0, ddof=1) / len(group) for group in groups if len(group) > 1]
         return np.maximum(between - (np.mean(chance, axis=0) if chance else 0.0), LEAST_SPREAD * between)
 
+    def _residuals(self, basis: np.ndarray | None, center: np.ndarray | None) -> np.ndarray:
+        """Single images' tokens from the centre, along the basis where there is one: float64 [I, k]."""
+        residual = self.image_tokens.astype(np.float64) - (self.anchor if center is None else center)
+        return residual if basis is None else residual @ basis
+
     def check(self, model: str, dimension: int, vectors: int, where: str) -> None:
         """Refuse a bank that was made for another model (InputError)."""
         if self.dimension != dimension or self.vectors != vectors:
             raise InputError(
                 f"{where} holds tokens of {self.vectors} x {self.dimension // self.vectors} numbers, and the "
-                "model's have "
-                f"{vectors} x {dimension // vectors}: it was made for another model; no budget was spent. Make one for "
-                "this model with `sfumato style-bank`"
+                f"model's have {vectors} x {dimension // vectors}: it was made for another model; no budget was spent. "
+                "Make one for this model with `sfumato style-bank`"
             )
         if self.model != model:
             raise InputError(
@@ -119,17 +122,15 @@ class StyleBank:
                 arrays["image_tokens"].astype(np.float32), arrays["image_style"].astype(np.int64),
                 arrays["anchor"], arrays["basis"], header["model"], int(header["vectors"]),
             )  # fmt: skip
+        except SafetensorError:
+            raise InputError(
+                f"--subspace {path} is damaged or no style bank; no budget was spent. Make one with "
+                "`sfumato style-bank`"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(
                 f"--subspace {path} is no style bank ({reason}); no budget was spent. Make one with `sfumato "
-                "style-bank`"
-            ) from None
-        except Exception as error:
-            if "safetensor" not in f"{type(error).__module__}{type(error).__name__}".lower():
-                raise
-            raise InputError(
-                f"--subspace {path} is damaged or no style bank; no budget was spent. Make one with `sfumato "
                 "style-bank`"
             ) from None
         bank._check_shapes(path)
@@ -155,9 +156,13 @@ class StyleBank:
         if not fits:
             raise InputError(
                 f"--subspace {path} is damaged: its shapes do not fit together; no budget was spent. Make it "
-                "again with "
-                "`sfumato style-bank`"
+                "again with `sfumato style-bank`"
             )
+
+
+def embedded_bank() -> Path:
+    """The file of the embedded model's bank."""
+    return embedded_folder() / "styles.safetensors"
 
 
 def principal_directions(tokens: np.ndarray, anchor: np.ndarray, count: int = DIRECTIONS) -> np.ndarray:

@@ -160,12 +160,8 @@ class TextToImage:
             rows = []
             for template in templates:
                 before, _, after = template.partition("{}")
-                own = (
-                    list(range(tower.table.first, tower.table.first + self.vectors))
-                    if "{}" in template
-                    else []
-                )
-                ids = _ids(tower, before) + own + _ids(tower, after)
+                first, count = tower.table.first, self.vectors if "{}" in template else 0
+                ids = _ids(tower, before) + list(range(first, first + count)) + _ids(tower, after)
                 ids = [tower.tokenizer.bos_token_id, *ids[: length - 2], tower.tokenizer.eos_token_id]
                 rows.append(ids + [tower.tokenizer.pad_token_id] * (length - len(ids)))
             out.append(torch.tensor(rows, device=self.device))
@@ -227,12 +223,10 @@ class TextToImage:
     def encoded(self, pixels: Tensor) -> Tensor:
         """The same for pixels [B, 3, size, size] in [-1, 1]."""
         found = self.vae.encode(pixels)
-        latents = (
-            found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
-        )  # AutoencoderTiny
-        return (
-            latents - (getattr(self.vae.config, "shift_factor", None) or 0.0)
-        ) * self.vae.config.scaling_factor
+        tiny = not hasattr(found, "latent_dist")  # AutoencoderTiny gives no distribution
+        latents = found.latents if tiny else found.latent_dist.mean
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self.vae.config.scaling_factor
 
 
 def open_pipeline(where: str) -> Any:
@@ -269,8 +263,7 @@ def open_pipeline(where: str) -> Any:
     if missing:
         raise InputError(
             f"--model {where} has no {missing[0]}, so it has no token to learn; no budget was spent. Give a "
-            "text-to-image "
-            "model"
+            "text-to-image model"
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -282,19 +275,15 @@ def _quiet() -> Iterator[None]:
     from diffusers.utils import logging
     from transformers.utils import logging as of_transformers
 
-    levels, bars = (
-        (logging.get_verbosity(), of_transformers.get_verbosity()),
-        of_transformers.is_progress_bar_enabled(),
-    )
+    levels = logging.get_verbosity(), of_transformers.get_verbosity()
+    bars = of_transformers.is_progress_bar_enabled()
     logging.set_verbosity_error()
     of_transformers.set_verbosity_error()
     logging.disable_progress_bar()
     of_transformers.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="`torch_dtype` is deprecated"
-            )  # its successor is too new
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # its successor is new
             yield
     finally:
         logging.set_verbosity(levels[0])
@@ -315,8 +304,7 @@ def check_folder(path: Path, where: str) -> None:
     if not index.is_file():
         raise InputError(
             f"--model {where} has no model_index.json, so it is no diffusers pipeline; no budget was spent. Give "
-            "a folder "
-            "in StableDiffusionPipeline layout"
+            "a folder in StableDiffusionPipeline layout"
         )
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))

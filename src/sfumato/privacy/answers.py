@@ -7,13 +7,17 @@ import json
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sfumato.data.files import write_whole
 from sfumato.errors import BudgetError, LedgerError
+from sfumato.privacy import mechanisms
 from sfumato.privacy.events import PlannedEvent
+
+if TYPE_CHECKING:
+    from sfumato.data.images import ProtectedImages
 
 
 class Answers:
@@ -59,6 +63,21 @@ class Answers:
         np.save(content, value, allow_pickle=False)
         write_whole(path, content.getvalue())
         return value
+
+    def count(self, private: ProtectedImages, epsilon: float) -> tuple[int, float]:
+        """The noisy number of units and what it cost, as a reservation of its own: it sets later parameters.
+
+        Guarantee: (epsilon, 0)-DP for adding or removing one unit, see `mechanisms.count`.
+        """
+        event = PlannedEvent(mechanisms.COUNT, "number of units", mechanisms.count_event(epsilon))
+        reservation = self.reserve(private.ledger, "count", [event], 0.0)
+        units = self.ask(
+            mechanisms.COUNT,
+            reservation,
+            lambda: np.array(mechanisms.count(private, epsilon, reservation)[0]),
+        )
+        reservation.settle()
+        return int(units), reservation.epsilon
 
     def own(self, reservation: Any, names: Sequence[str]) -> None:
         """Claim these files of the run for a reservation, before any of them is made from what it paid for.

@@ -7,9 +7,8 @@ only their noisy mean leaves), and neither knows what the vectors mean.
 then the noise. **Exact noise**: a unit's clipped vector is rounded towards zero onto a lattice of clip_norm / 2^20,
 which cannot make it longer; lengths are checked in integers, the sum is an integer, and it gets OpenDP's discrete
 Gaussian. So the noise and the sensitivity do not rest on floating point; that a unit's vector is the same number
-whoever
-else is there does, and `check_embed` tests it. The certificate states the continuous event; a test
-compares the two.
+whoever else is there does, and `check_embed` tests it. The certificate states the continuous event; a test compares
+the two.
 
 **A unit that cannot be embedded** (its vector is not finite) counts as the centre, its residual being zero, and a unit
 whose scores are not finite casts no vote. Nobody is told: that it happened is a fact about private images.
@@ -280,9 +279,9 @@ def _unit_vectors(
 
 def _on_lattice(residual: np.ndarray, plan: MeanPlan) -> np.ndarray:
     """A residual clipped to the clip norm, in steps of clip_norm / 2^20, int64 [k]; never longer than 2^20."""
-    along = (
-        residual if plan.basis is None else np.einsum("dk,d->k", plan.basis, residual)
-    )  # in one order, always
+    along = residual  # einsum adds in one order, always
+    if plan.basis is not None:
+        along = np.einsum("dk,d->k", plan.basis, residual)
     length = float(np.linalg.norm(along))
     if not math.isfinite(length) or length == 0:
         return np.zeros(plan.dimension, np.int64)

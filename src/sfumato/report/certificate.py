@@ -9,6 +9,7 @@ package.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,6 +112,12 @@ def certificate(
     }
     out["statement"] = statement(out)
     return out
+
+
+def software(*more: str) -> dict[str, str]:
+    """Versions, for the certificate: of what every release rests on, and of these packages."""
+    packages = ("sfumato", "dp-accounting", "torch", "diffusers", *more, "opendp")
+    return {name.replace("-", "_"): importlib.metadata.version(name) for name in packages}
 
 
 def statement(certificate: Mapping[str, Any]) -> str:

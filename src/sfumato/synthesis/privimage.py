@@ -33,7 +33,6 @@ from sfumato.privacy.answers import Answers
 from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.dp_sgd import MECHANISM as DP_SGD
 from sfumato.privacy.dp_sgd import dp_sgd
-from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.per_unit import Engine
 from sfumato.report.facts import Stage
 from sfumato.synthesis import public_images
@@ -235,14 +234,7 @@ class PrivImage:
             )
 
     def _count(self, private: ProtectedImages) -> tuple[int, float]:
-        epsilon = SHARE_OF_COUNT * self.budget.epsilon
-        event = PlannedEvent(mechanisms.COUNT, "number of units", mechanisms.count_event(epsilon))
-        reservation = self._answers.reserve(private.ledger, "count", [event], 0.0)
-        units = self._answers.ask(
-            "count", reservation, lambda: np.array(mechanisms.count(private, epsilon, reservation)[0])
-        )
-        reservation.settle()
-        return int(units), reservation.epsilon
+        return self._answers.count(private, SHARE_OF_COUNT * self.budget.epsilon)
 
     def _choose(
         self, private: ProtectedImages, public: PublicImages | None, reservation: Any

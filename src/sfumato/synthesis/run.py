@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import io
 import os
 import sys
@@ -28,8 +27,9 @@ from sfumato.errors import BudgetError, InputError, LedgerError
 from sfumato.machine import best_defaults
 from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.run_account import check_left, open_account
 from sfumato.report.cards import card
-from sfumato.report.certificate import certificate
+from sfumato.report.certificate import certificate, software
 from sfumato.report.facts import AccuracyRow, ReleaseFacts, Stage, releasable_options
 from sfumato.report.html import internal_report, release_report
 from sfumato.synthesis import gate
@@ -152,7 +152,7 @@ def _run(
 ) -> SynthesizeResult:
     model, fresh = None, not (folder.checkpoints / "run.json").exists()
     try:
-        ledger = _ledger(options, budget)
+        ledger = open_account(options.ledger, options.run_folder, budget, "synthesize")
         internal = InternalWriter(folder.out)
         images: dict[str, Any] = {
             "size": preset.size, "channels": preset.channels, "cache_dir": internal.directory("cache"),
@@ -183,7 +183,7 @@ def _run(
             work_dir=internal.directory("checkpoints"), seed=options.seed,
         )  # fmt: skip
         if METHODS[options.method].private != "none" and fresh:
-            _check_left(ledger, budget, options)
+            check_left(ledger, budget, options.ledger_url)
         with _naming(options.time_budget):
             plan = model.prepare(private, public)
         for line in (*plan.lines(), *(f"note: {warning}" for warning in model.warnings)):
@@ -235,20 +235,6 @@ def _naming(time_budget: str) -> Iterator[None]:
         raise InputError(str(error).replace("the time budget is too short", asked)) from None
 
 
-def _check_left(ledger: Ledger, budget: Budget, options: SynthesizeOptions) -> None:
-    """Refuse a run that the ledger cannot pay for before even the count is bought."""
-    left, slack = ledger.remaining, 1 + 1e-9
-    for option, wanted, there in (
-        ("--epsilon", budget.epsilon, left.epsilon),
-        ("--delta", budget.delta, left.delta),
-    ):
-        if wanted > there * slack:
-            raise BudgetError(
-                f"{option} {wanted:g} is more than {options.ledger_url} has left ({there:.6g}); no budget was "
-                "spent. Ask for less; `sfumato ledger show` lists what was spent"
-            )
-
-
 def _generated(
     folder: RunFolder, options: SynthesizeOptions, model: PrivImage
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -288,13 +274,6 @@ def _preset(options: SynthesizeOptions) -> Preset:
     return replace(preset, **given)
 
 
-def _ledger(options: SynthesizeOptions, budget: Budget) -> Ledger:
-    if options.ledger is not None:
-        return Ledger.open(options.ledger)
-    Path(options.ledger_url).parent.mkdir(parents=True, exist_ok=True)
-    return Ledger.open(options.ledger_url, total=budget, name="synthesize")
-
-
 def _finished(folder: RunFolder) -> SynthesizeResult | None:
     """The result of a run that is complete; None when there is work left."""
     claim, evaluation = folder.certificate(), folder.evaluation()
@@ -310,7 +289,7 @@ def _certificate(options: SynthesizeOptions, model: PrivImage, ledger: Ledger) -
     none = METHODS[options.method].private == "none"
     return certificate(
         model.reservations, unit=options.unit, public_size=None if none else model.plan.units,
-        budget=None if none else model.budget, software=_software(),
+        budget=None if none else model.budget, software=software(),
         ledger_head=ledger.head if model.reservations else "",
     )  # fmt: skip
 
@@ -368,11 +347,6 @@ def _release(
     writer.text("README.md", card(facts))
     writer.text("report.html", release_report(facts))
     return writer.complete()
-
-
-def _software() -> dict[str, str]:
-    packages = ("sfumato", "dp-accounting", "torch", "diffusers", "opendp")
-    return {name.replace("-", "_"): importlib.metadata.version(name) for name in packages}
 
 
 def _say_result(result: SynthesizeResult, out: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from sfumato.data.files import write_whole
 from sfumato.errors import InputError
-from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.run_account import drop_unused
 from sfumato.synthesis.options import SynthesizeOptions
 
 NOT_OF_THE_RUN = ("config", "dry_run", "out")
@@ -65,7 +65,7 @@ class RunFolder:
                 for measured in (self._evaluation, self.checkpoints / "accuracy.json"):
                     measured.unlink(missing_ok=True)
             if not self._charged.exists():
-                self._drop_unused_ledger()
+                drop_unused(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self._write("config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
@@ -75,7 +75,7 @@ class RunFolder:
         if not charged:
             self._charged.unlink(missing_ok=True)
             self._config.unlink(missing_ok=True)
-            self._drop_unused_ledger()
+            drop_unused(self.out)
 
     def certificate(self) -> dict[str, Any] | None:
         """The privacy.json of a complete release; None when there is none yet."""
@@ -99,10 +99,3 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.out / name, text.encode())
-
-    def _drop_unused_ledger(self) -> None:
-        """Remove the run's own ledger if nothing was ever granted in it: its total is that of other options."""
-        own = self.out / "internal" / "ledger.db"
-        if own.exists() and not Ledger.open(own).reservations():
-            for suffix in ("", "-wal", "-shm", "-journal"):
-                own.with_name(own.name + suffix).unlink(missing_ok=True)
