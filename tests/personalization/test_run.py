@@ -284,11 +284,16 @@ def test_bad_input_is_one_line_and_costs_nothing(command, options_of, folder_of,
     )
 
 
-def test_too_few_images_are_told_what_would_do(command, options_of):
+def test_too_few_images_are_told_what_would_do(command, options_of, capsys):
     said = command(epsilon=0.05)
     assert "12 images are too few for ε 0.05" in said and "no budget was spent" in said
     units, epsilon = (said.split(part)[0].split()[-1] for part in (" images would do", " with these"))
     assert int(units) > UNITS and float(epsilon) > 0.05
+    capsys.readouterr()
+    assert (
+        personalize(options_of(epsilon=float(epsilon), dry_run=True)) is None
+    )  # the advice is not refused again
+    assert "NOT ENOUGH" not in capsys.readouterr().out
 
 
 def test_one_corrupt_image_is_named_and_can_be_left_out(options_of, drawings, tmp_path, capsys):

@@ -115,7 +115,7 @@ class PersonalizeOptions:
         if size is not None and self.delta >= 1 / size and self.method != "selection":
             raise InputError(
                 f"--delta {self.delta:g} is too large for {size} units: with a δ of 1/{size} a release could "
-                "publish one of them outright; no budget was spent. Leave it out, or choose it far below that"
+                "publish one of them outright; no budget was spent. Choose it far below that"
             )
         if self.anchor == "nearest" and self.method in ("paper", "dp-sgd", "selection"):
             raise InputError(

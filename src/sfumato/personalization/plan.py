@@ -12,6 +12,7 @@ from sfumato.personalization.options import Method
 from sfumato.personalization.style_bank import StyleBank, embedded_bank
 from sfumato.personalization.text_to_image import EMBEDDED
 from sfumato.privacy.budget import Budget, delta_warning
+from sfumato.report.words import claim
 
 
 def plan_lines(
@@ -49,7 +50,7 @@ def plan_lines(
             enough, epsilon = what_would_do(made, budget)
             verdict = "enough" if made.noise_share <= TOO_NOISY else "NOT ENOUGH"
             lines.append(
-                f"{verdict}: it takes {enough} units at this ε, or ε {epsilon:.2g} with {units} units"
+                f"{verdict}: it takes {enough} units at this ε, or ε {claim(epsilon)} with {units} units"
             )
     if warning := delta_warning(budget.delta, units):
         lines.append(f"note: {warning}")

@@ -41,6 +41,7 @@ from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.dp_sgd import DPSGDPlan
 from sfumato.privacy.ledger import Ledger
 from sfumato.privacy.run_account import check_left, drop_unused, open_account
+from sfumato.report import words
 from sfumato.report.certificate import certificate, software
 from sfumato.report.style import PICTURES_A_ROW, StyleFacts, style_card, style_report
 
@@ -228,8 +229,8 @@ def _planned(
         raise InputError(
             f"{units:.0f} {options.unit}s are too few for ε {options.epsilon:g}: the noise would be "
             f"{plan.noise_share:.1f} times as long as what a style usually is; no budget was spent. {enough} "
-            f"{options.unit}s would do at this ε, or ε {epsilon:.2g} with these; or try --method selection, or fewer "
-            "--directions (`sfumato plan` shows more)"
+            f"{options.unit}s would do at this ε, or ε {words.claim(epsilon)} with these; or try --method selection, "
+            "or fewer --directions (`sfumato plan` shows more)"
         )
     return plan
 
