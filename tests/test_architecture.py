@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "audit": {"data", "diffusion", "encoders", "evaluation", "privacy", "report"},
     "synthesis": {"audit", "data", "diffusion", "encoders", "evaluation", "machine", "privacy", "report"},
     "personalization": {"data", "encoders", "evaluation", "machine", "privacy", "report"},
+    "retrieval": {"data", "diffusion", "encoders", "machine", "privacy", "report"},
     "machine": {"privacy", "data"},
     "cli": {
         "audit",
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "personalization",
         "privacy",
         "report",
+        "retrieval",
         "synthesis",
     },
 }

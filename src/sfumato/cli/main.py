@@ -20,6 +20,7 @@ VERBS = {
     "personalize": "learn one style token from private images",
     "render": "make pictures with a style token; costs no budget",
     "style-bank": "make a bank of public styles for a model, for less noise",
+    "retrieve": "answer text prompts from a private image collection, on one budget",
     "generate": "make more images with a released model; costs no budget",
     "evaluate": "measure synthetic images against the real ones, for the owner's eyes",
     "audit": "find out what a generator memorised, for the owner's eyes",

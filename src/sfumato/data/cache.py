@@ -39,6 +39,7 @@ class Cached:
     groups: int64 [N], dense numbers from 0, -1 where an image has none.
     captions: one text per image ("" where missing), or None when no image has one.
     skipped: what could not be read and was left out, one line each; for the owner's eyes only.
+    rows: int64 [N], the position of each image among the source's records.
     content: a digest of all undecoded images that does not depend on their order or names.
     """
 
@@ -48,6 +49,7 @@ class Cached:
     groups: np.ndarray
     captions: list[str] | None
     skipped: list[str]
+    rows: np.ndarray
     content: str
 
 
@@ -217,8 +219,9 @@ def _load(place: Path, source: Source, shape: tuple[int, ...]) -> Cached | None:
         shutil.rmtree(place, ignore_errors=True)
         return None
     images = np.memmap(place / "images.u8", np.uint8, "r", shape=full)
+    rows = np.delete(np.arange(len(source.records)), meta["skipped_rows"])
     return Cached(
-        images, labels, source.label_names, groups, meta["captions"], meta["skipped"], meta["content"]
+        images, labels, source.label_names, groups, meta["captions"], meta["skipped"], rows, meta["content"]
     )
 
 

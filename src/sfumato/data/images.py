@@ -171,6 +171,7 @@ class ProtectedImages:
         self.has_labels = cached.label_names is not None
         self.label_names, self._labels = _labels(self._source, cached, label_names)
         self._images, self._content, self._skipped = cached.images, cached.content, cached.skipped
+        self._rows = cached.rows
         if unit == "group":
             if (cached.groups < 0).any():
                 where = next((r.where for r in self._source.records if r.group is None), "one image")
