@@ -11,6 +11,7 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 HANDLE = {"_images", "_labels", "_units"}
+VECTORS = {"_segments", "_vectors", "_unit_of", "_alive", "_state", "_blocks"}
 OF_THE_IMAGES_MODULE = {"_content", "_skipped", "_source"}
 DATA_MAY_IMPORT = ("sfumato.errors", "sfumato.progress", "sfumato.data")
 
@@ -66,6 +67,12 @@ def test_only_mechanisms_reach_protected_pixels(module: str, code: str) -> None:
         assert handled == []
 
 
+@pytest.mark.parametrize(("module", "code"), modules(), ids=[name for name, _ in modules()])
+def test_only_mechanisms_reach_protected_vectors(module: str, code: str) -> None:
+    if not module.startswith("privacy/"):
+        assert reaches(code, VECTORS) == []
+
+
 def test_data_stands_on_nothing_else_of_the_package() -> None:
     for module, code in modules():
         if module.startswith("data/"):
@@ -95,6 +102,21 @@ def test_data_stands_on_nothing_else_of_the_package() -> None:
 )
 def test_a_planted_reach_is_caught(planted: str) -> None:
     assert reaches(planted, HANDLE)
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "collection.private._vectors(rows)",
+        "private._segments[0][1][3]",
+        "getattr(private, '_unit_of')",
+        "private._state.answer(key)",
+        "vars(private)['_alive']",
+        "for first, block in private._blocks(9): pass",
+    ],
+)
+def test_a_planted_reach_for_vectors_is_caught(planted: str) -> None:
+    assert reaches(planted, VECTORS)
 
 
 def test_innocent_code_is_not_accused() -> None:

@@ -99,7 +99,7 @@ def _above(
         return
     for rows, scores in _scored(vectors, queries, None):
         hits = scores >= cuts
-        yield [(q, rows[hits[:, q]]) for q in np.flatnonzero(hits.any(0))]
+        yield [(q, rows[hits[:, q]]) for q in np.flatnonzero(hits.any(0)).tolist()]
 
 
 def _scored(

@@ -1,0 +1,129 @@
+"""open_clip's weights, taken over, give what open_clip's own architecture gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sfumato.encoders.text_image import open_text_image_encoder
+from sfumato.errors import InputError
+from tests.encoders.clip import TOKENIZER
+
+WIDTH, HEADS, LAYERS, SIZE, PATCH, DIMENSION, CONTEXT = 32, 2, 2, 16, 8, 10, 20
+
+
+class Block(nn.Module):
+    """A residual attention block as the CLIP paper has it, by torch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(WIDTH, 4 * WIDTH), "c_proj": nn.Linear(4 * WIDTH, WIDTH)})
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList([Block() for _ in range(LAYERS)])
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class Visual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, WIDTH, PATCH, PATCH, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(WIDTH))
+        self.positional_embedding = nn.Parameter(torch.randn((SIZE // PATCH) ** 2 + 1, WIDTH))
+        self.ln_pre, self.ln_post, self.transformer = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), Tower()
+        self.proj = nn.Parameter(torch.randn(WIDTH, DIMENSION))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
+
+
+class Reference(nn.Module):
+    """The model with open_clip's own parameter names."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.visual, self.transformer = Visual(), Tower()
+        self.token_embedding, self.ln_final = nn.Embedding(words, WIDTH), nn.LayerNorm(WIDTH)
+        self.positional_embedding = nn.Parameter(torch.randn(CONTEXT, WIDTH))
+        self.text_projection = nn.Parameter(torch.randn(WIDTH, DIMENSION))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def text(self, ids: Tensor) -> Tensor:
+        mask = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
+        x = self.ln_final(self.transformer(self.token_embedding(ids) + self.positional_embedding, mask))
+        return x[torch.arange(len(ids)), ids.argmax(1)] @ self.text_projection
+
+
+@pytest.fixture
+def made(tmp_path) -> tuple[Path, Reference]:
+    torch.manual_seed(0)
+    words = 60_000  # beyond the end-of-text token, which has to be the largest there is in a text
+    reference = Reference(words).eval()
+    folder = tmp_path / "ViT-tiny"
+    folder.mkdir()
+    save_file(
+        {k: v.contiguous() for k, v in reference.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
+    for file in TOKENIZER.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    common = {"width": WIDTH, "layers": LAYERS}
+    described = {
+        "model_cfg": {
+            "embed_dim": DIMENSION,
+            "vision_cfg": {**common, "image_size": SIZE, "patch_size": PATCH, "head_width": WIDTH // HEADS},
+            "text_cfg": {**common, "heads": HEADS, "vocab_size": words, "context_length": CONTEXT},
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.3, 0.2, 0.25]},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
+    return folder, reference
+
+
+def test_both_towers_give_what_the_reference_gives(made) -> None:
+    folder, reference = made
+    encoder = open_text_image_encoder(str(folder))
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    x = (x - torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1)) / torch.tensor([0.3, 0.2, 0.25]).view(1, 3, 1, 1)
+    texts = ["a portrait with glasses", "a hat"]
+    told = encoder._tokenizer(texts, padding="max_length", max_length=CONTEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        seen, said = reference.visual(x).numpy(), reference.text(told).numpy()
+    for found, wanted in ((encoder.images(images), seen), (encoder.texts(texts), said)):
+        np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=2e-5)
+
+
+def test_what_is_no_vision_transformer_or_lacks_weights_is_refused(made) -> None:
+    folder, reference = made
+    held = {k: v.contiguous() for k, v in reference.state_dict().items() if k != "visual.proj"}
+    save_file(held, folder / "open_clip_model.safetensors")
+    with pytest.raises(InputError, match=r"lacks weights \(such as visual_projection"):
+        open_text_image_encoder(str(folder))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"embed_dim": 4}}), encoding="utf-8"
+    )
+    with pytest.raises(InputError, match="describes no vision transformer"):
+        open_text_image_encoder(str(folder))
