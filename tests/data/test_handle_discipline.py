@@ -70,7 +70,8 @@ def test_only_mechanisms_reach_protected_pixels(module: str, code: str) -> None:
 @pytest.mark.parametrize(("module", "code"), modules(), ids=[name for name, _ in modules()])
 def test_only_mechanisms_reach_protected_vectors(module: str, code: str) -> None:
     if not module.startswith("privacy/"):
-        assert reaches(code, VECTORS) == []
+        another = {"_blocks"} if module == "encoders/efficientnet.py" else set()  # a network's own
+        assert reaches(code, VECTORS - another) == []
 
 
 def test_data_stands_on_nothing_else_of_the_package() -> None:

@@ -110,7 +110,9 @@ def test_one_unit_moves_the_sums_by_its_own_part_and_no_other(
     folder = tmp_path_factory.mktemp("x")
     vectors = unit_vectors(len(units), seed)
     vectors[: twins * 3] = vectors[0]
-    basis = None if columns is None else np.linalg.qr(np.random.default_rng(seed).normal(size=(D, columns)))[0]
+    basis = (
+        None if columns is None else np.linalg.qr(np.random.default_rng(seed).normal(size=(D, columns)))[0]
+    )
     centers = np.concatenate([vectors[:2].astype(np.float64), plan().centers, plan().centers[:1]])
     chosen = plan(centers=centers, radius=10**radius, count_weight=10**weight, basis=basis)
     gone = np.array(units) == units[0]

@@ -137,11 +137,14 @@ def used(private: ProtectedVectors) -> dict[str, int]:
 
 def gaussian_delta(noise: float, epsilon: float) -> float:
     """Balle and Wang, arXiv 1805.06530, theorem 8."""
-    return float(norm.cdf(1 / (2 * noise) - epsilon * noise) - math.exp(epsilon) * norm.cdf(-1 / (2 * noise) - epsilon * noise))
+    return float(
+        norm.cdf(1 / (2 * noise) - epsilon * noise)
+        - math.exp(epsilon) * norm.cdf(-1 / (2 * noise) - epsilon * noise)
+    )
 
 
 def gaussian_epsilon(noise: float, delta: float) -> float:
-    return float(brentq(lambda epsilon: gaussian_delta(noise, epsilon) - delta, 0, 200))
+    return brentq(lambda epsilon: gaussian_delta(noise, epsilon) - delta, 0, 200)  # type: ignore[return-value]
 
 
 def test_planned_work_costs_what_the_mechanisms_cost():
@@ -150,7 +153,9 @@ def test_planned_work_costs_what_the_mechanisms_cost():
     def cost(plan: Any) -> float:
         return epsilon_of([part.total for part in plan.planned()], 1e-5)
 
-    assert cost(ball_plan(queries=100, noise_multiplier=20.0)) == pytest.approx(gaussian_epsilon(2.0, 1e-5), abs=2e-2)
+    assert cost(ball_plan(queries=100, noise_multiplier=20.0)) == pytest.approx(
+        gaussian_epsilon(2.0, 1e-5), abs=2e-2
+    )
     filtered = ball_plan(queries=10**5, noise_multiplier=20.0, per_unit_cap=64)
     assert cost(filtered) == pytest.approx(gaussian_epsilon(2.5, 1e-5), abs=1e-3)
     assert cost(NearestPlan(3, 20.0, 100)) == pytest.approx(gaussian_epsilon(2.0, 1e-5), abs=2e-2)
@@ -175,7 +180,9 @@ def test_plans_say_what_is_done():
 @given(st.floats(1e-3, 1e6), st.integers(1, 10**6))
 def test_the_noise_of_all_budgeted_queries_together_is_rounded_down(noise, cap):
     found = ball_plan(noise_multiplier=noise, per_unit_cap=cap).total_noise_multiplier
-    assert Fraction(found) ** 2 * cap <= Fraction(noise) ** 2 and found == pytest.approx(noise / math.sqrt(cap))
+    assert Fraction(found) ** 2 * cap <= Fraction(noise) ** 2 and found == pytest.approx(
+        noise / math.sqrt(cap)
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +202,15 @@ def test_plans_without_meaning_are_refused(make):
 
 
 def test_a_question_is_its_prompt_and_its_public_parameters():
-    asked = [("a", {}), ("b", {}), ("a", {"k": 1}), ("a", {"k": 2}), ("a", {"k": "1"}), ('a", {"k": 1}', {}), ("a ", {})]
+    asked = [
+        ("a", {}),
+        ("b", {}),
+        ("a", {"k": 1}),
+        ("a", {"k": 2}),
+        ("a", {"k": "1"}),
+        ('a", {"k": 1}', {}),
+        ("a ", {}),
+    ]
     assert len({question_key(*one) for one in asked}) == len(asked)
     assert question_key("a", {"k": 1, "j": 2.5}) == question_key("a", {"j": 2.5, "k": 1})
     assert not any(question_key(*one).startswith("codebook") for one in asked)
@@ -221,7 +236,9 @@ def test_ball_noise_is_as_stated_in_every_direction(tmp_path, cap, there):
         assert abs(values.mean()) < 6 * noise / math.sqrt(values.size)
     scaled = drawn / np.append(np.full(wide, plan.residual_noise), plan.count_noise)
     by_direction = np.square(scaled).sum(0)
-    assert (chi2.ppf(ALARM / 200, 40) < by_direction).all() and (by_direction < chi2.isf(ALARM / 200, 40)).all()
+    assert (chi2.ppf(ALARM / 200, 40) < by_direction).all() and (
+        by_direction < chi2.isf(ALARM / 200, 40)
+    ).all()
     assert np.abs(scaled @ scaled.T / wide - np.eye(40))[~np.eye(40, dtype=bool)].max() < 7 / math.sqrt(wide)
 
 
@@ -230,11 +247,15 @@ def test_nearest_noise_is_as_stated_also_from_an_empty_collection(tmp_path):
     assert plan.noise == 1.5
     reservation: Any = reserved(tmp_path, plan)
     private = empty(tmp_path, wide)
-    drawn = np.array([nearest_mean(private, np.eye(wide)[0], plan, reservation, str(i))[0] for i in range(20)])
+    drawn = np.array(
+        [nearest_mean(private, np.eye(wide)[0], plan, reservation, str(i))[0] for i in range(20)]
+    )
     squares = np.square(drawn).sum() / plan.noise**2
     assert chi2.ppf(ALARM, drawn.size) < squares < chi2.isf(ALARM, drawn.size)
     assert abs(drawn.mean()) < 6 * plan.noise / math.sqrt(drawn.size)
-    assert np.abs(drawn @ drawn.T / wide / plan.noise**2 - np.eye(20))[~np.eye(20, dtype=bool)].max() < 7 / math.sqrt(wide)
+    assert np.abs(drawn @ drawn.T / wide / plan.noise**2 - np.eye(20))[
+        ~np.eye(20, dtype=bool)
+    ].max() < 7 / math.sqrt(wide)
     assert reservation.begun(NEAREST_MEAN) == 20
 
 
@@ -257,8 +278,11 @@ sizes = st.one_of(st.floats(1e-6, 1e6), st.floats(1e-300, 1e300), st.sampled_fro
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.lists(st.integers(-(2**44), 2**44) | st.integers(-3, 3), min_size=1, max_size=6), sizes, sizes, st.integers(0, 99)
-)  # fmt: skip
+    st.lists(st.integers(-(2**44), 2**44) | st.integers(-3, 3), min_size=1, max_size=6),
+    sizes,
+    sizes,
+    st.integers(0, 99),
+)
 def test_no_part_is_ever_longer_than_one(residual, radius, weight, seed):
     row = np.array(residual) / 2**22
     others = np.random.default_rng(seed).normal(size=(3, len(row)))
@@ -272,7 +296,13 @@ def test_no_part_is_ever_longer_than_one(residual, radius, weight, seed):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 30), st.floats(1e-3, 1e3), st.floats(1e-2, 1e2), st.floats(1e-2, 1e2), st.integers(0, 10**6))
+@given(
+    st.integers(1, 30),
+    st.floats(1e-3, 1e3),
+    st.floats(1e-2, 1e2),
+    st.floats(1e-2, 1e2),
+    st.integers(0, 10**6),
+)
 def test_parts_hold_the_clipped_residual_and_the_count(dimension, size, radius, weight, seed):
     residual = size * np.random.default_rng(seed).normal(size=dimension)
     length = float(np.linalg.norm(residual))
@@ -286,7 +316,12 @@ def test_nearest_vectors_are_not_longer_than_one_on_the_lattice():
         rows = np.rint(unit_vectors(50, seed, 1 + seed) * (1 + 1e-3 * np.sin(seed)) * 2.0**22)
         steps = private_query._on_lattice(rows)
         assert all(squared(step) <= FINE**2 for step in steps)
-        assert np.abs(steps - rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True) / 2**22, 1) / 4).max() < 1.01
+        assert (
+            np.abs(
+                steps - rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True) / 2**22, 1) / 4
+            ).max()
+            < 1.01
+        )
         assert private_query._on_lattice(rows[:1]).tolist() == steps[:1].tolist()
 
 
@@ -301,7 +336,9 @@ def test_the_sum_in_a_ball_by_hand(tmp_path, columns):
     ball = Ball(X, 0.1, np.array([0.3, 0.1, -0.2, 0.05]))
     wanted, number = np.zeros(columns or D), 0
     for unit in set(units):
-        mine = [v for v, u in zip(vectors.astype(np.float64), units, strict=True) if u == unit and v[0] >= 0.1]
+        mine = [
+            v for v, u in zip(vectors.astype(np.float64), units, strict=True) if u == unit and v[0] >= 0.1
+        ]
         residual = sum((v - ball.center for v in mine), np.zeros(D))
         residual = residual if basis is None else residual @ basis
         wanted += residual / max(1, np.linalg.norm(residual) / 0.8)
@@ -320,7 +357,9 @@ def test_the_mean_of_the_nearest_by_hand(tmp_path):
         plan = NearestPlan(k, 1e-9, 1)
         reservation: Any = Recorder(plan)
         found, cached = nearest_mean(collection(tmp_path, vectors, units), X, plan, reservation, "k")
-        assert found == pytest.approx(vectors[best[:k]].sum(0) / k, abs=1e-4)  # by k, also where fewer are there
+        assert found == pytest.approx(
+            vectors[best[:k]].sum(0) / k, abs=1e-4
+        )  # by k, also where fewer are there
         assert not cached and reservation.calls == [(NEAREST_MEAN, GaussianDpEvent(1e-9))]
 
 
@@ -391,7 +430,7 @@ def test_lazy_coins_give_what_tossing_for_everybody_gives(tmp_path):
     """The rows of top-k of a Poisson sample, for owners of several vectors, against all 2^units samples."""
     q, k, units = 0.4, 2, np.array([0, 1, 0, 2, 1, 3, 4, 0])
     vectors = unit_vectors(8, 5)
-    order = [row for row in np.argsort(-vectors[:, 0], kind="stable")]
+    order = list(np.argsort(-vectors[:, 0], kind="stable"))
     chances: Counter[tuple[int, ...]] = Counter()
     for coins in itertools.product((0, 1), repeat=5):
         chosen: dict[int, int] = {}
@@ -498,7 +537,9 @@ def test_noise_and_cap_may_not_be_exchanged_for_others_with_the_same_price(tmp_p
 
 
 @pytest.mark.parametrize("kind", QUESTIONS)
-def test_killed_while_the_noise_is_drawn_the_question_counts_and_the_next_is_answered(tmp_path, kind, monkeypatch):
+def test_killed_while_the_noise_is_drawn_the_question_counts_and_the_next_is_answered(
+    tmp_path, kind, monkeypatch
+):
     plan, mechanism = QUESTIONS[kind]
     private, reservation = collection(tmp_path, unit_vectors(6)), reserved(tmp_path, plan)
 
@@ -632,7 +673,10 @@ print(json.dumps(told))
 
 def test_two_processes_ask_the_same_and_other_questions(tmp_path):
     plan = ball_plan(per_unit_cap=3)
-    private, reservation = collection(tmp_path, unit_vectors(20), [i // 2 for i in range(20)]), reserved(tmp_path, plan)
+    private, reservation = (
+        collection(tmp_path, unit_vectors(20), [i // 2 for i in range(20)]),
+        reserved(tmp_path, plan),
+    )
     (ledger,) = tmp_path.glob("*.db")
     workers = [
         subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The handle on private vectors: gives nothing away, keeps what was added, forgets what was deleted, survives others."""
+"""The handle on private vectors: gives nothing away, keeps what is added, forgets what is deleted, survives others."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_images_are_encoded_in_batches_of_one_size_and_named_by_their_files(fold
     assert held(private) == on_grid(honest(given_images._images).astype(np.float32)).tolist()
     assert len(set(shapes)) == 1
     private.delete(["1.png", "70.png"])
-    with pytest.raises(InputError, match="'0.png'"):
+    with pytest.raises(InputError, match=r"'0\.png'"):
         private.delete(["0.png"])
     assert "70" not in "".join(capfd.readouterr())  # how many there are is private
 
@@ -317,5 +317,7 @@ def test_one_image_less_leaves_every_other_vector_as_it_is(tmp_path, encode):
 def test_an_encoder_that_is_never_the_same_is_refused(folder):
     private, rng = ProtectedVectors.create(folder, D), np.random.default_rng(0)
     with pytest.raises(InputError, match="no budget was spent"):
-        private.add_images(images(3), lambda pixels: honest(pixels) + rng.normal(size=(len(pixels), D)) * 1e-5)
+        private.add_images(
+            images(3), lambda pixels: honest(pixels) + rng.normal(size=(len(pixels), D)) * 1e-5
+        )
     assert held(private) == []

@@ -67,7 +67,9 @@ def silent(active: np.ndarray) -> np.ndarray:
     return np.array([float(active.sum())])
 
 
-def ask(state: QueryState, reservation: Any, key: str = "q", cap: int = 2, answer: Any = silent) -> np.ndarray:
+def ask(
+    state: QueryState, reservation: Any, key: str = "q", cap: int = 2, answer: Any = silent
+) -> np.ndarray:
     """One query in which each unit takes part in full."""
     state.begin(reservation, QUERY, EVENT)
     return state.use(ALL, ONE, cap * USED_UNIT, key, answer)
@@ -206,7 +208,9 @@ def test_a_unit_takes_part_exactly_until_its_cap(path, state, reservation):
     taken = []
     for costs in ([USED_UNIT, 1, 0], [USED_UNIT, cap - 1, 0], [1, 1, cap], [0, 0, 1]):
         state.begin(reservation, QUERY, EVENT)
-        state.use(ALL, np.array(costs), cap, "k", lambda active: (taken.append(active.tolist()), np.ones(1))[1])
+        state.use(
+            ALL, np.array(costs), cap, "k", lambda active: (taken.append(active.tolist()), np.ones(1))[1]
+        )
     assert taken == [[True] * 3, [True] * 3, [False, False, True], [True, True, False]]
     assert used(path) == {"u": cap, "v": cap, "w": cap}
 

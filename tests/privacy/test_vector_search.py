@@ -67,7 +67,10 @@ def test_all_within_a_threshold_and_nobody_else(tmp_path):
     found = within(private, queries, thresholds)
     for query, threshold, rows in zip(queries, thresholds, found, strict=True):
         exact = scores(vectors, query)
-        assert rows.tolist() == [i for i in range(60) if exact[i] >= threshold * GRID**2] and rows.dtype == np.int64
+        assert (
+            rows.tolist() == [i for i in range(60) if exact[i] >= threshold * GRID**2]
+            and rows.dtype == np.int64
+        )
     assert len(found[0]) == 60 and len(found[-1]) == 0
 
 
@@ -127,7 +130,9 @@ def test_the_nearest_in_order_ties_by_row_and_whether_there_are_more(tmp_path_fa
 def test_there_are_more_also_where_the_rest_is_far_away(tmp_path):
     vectors = np.concatenate([near(np.eye(D)[0], 4, 1e-3), -near(np.eye(D)[0], 30, 1e-3)])
     private = collection(tmp_path, vectors)
-    assert [ranked(private, np.eye(D)[0], count)[1] for count in (1, 4, 33, 34, 35)] == [False] * 3 + [True] * 2
+    assert [ranked(private, np.eye(D)[0], count)[1] for count in (1, 4, 33, 34, 35)] == [False] * 3 + [
+        True
+    ] * 2
 
 
 # --- one record more
@@ -151,7 +156,9 @@ def test_one_record_more_changes_no_other_records_place(tmp_path_factory, place,
             (rows,) = within(private, query[None], np.array([threshold]), using)
             order = ranked(private, query, 20, using)[0]
             if number:  # in the numbers of the others
-                rows, order = (np.array([r - (r > place) for r in part if r != place]) for part in (rows, order))
+                rows, order = (
+                    np.array([r - (r > place) for r in part if r != place]) for part in (rows, order)
+                )
             seen.append((rows.tolist(), order.tolist()))
         assert seen[0] == seen[1]
 
@@ -178,7 +185,9 @@ def test_all_lists_together_are_the_exact_search(tmp_path):
     vectors = np.concatenate([unit_vectors(50), near(query, 20, 1e-4)])
     private, lists = collection(tmp_path, vectors), Lists(unit_vectors(5, 9), 99)
     for threshold in (-1, 0.0, 0.5, 0.99999):
-        both = [within(private, query[None], np.array([threshold]), using)[0].tolist() for using in (None, lists)]
+        both = [
+            within(private, query[None], np.array([threshold]), using)[0].tolist() for using in (None, lists)
+        ]
         assert both[0] == both[1]
     for count in (1, 8, 69, 70, 71):
         first, second = (ranked(private, query, count, using) for using in (None, lists))

@@ -1,0 +1,227 @@
+"""Making an index, adding to it, deleting from it, releasing a codebook."""
+
+from __future__ import annotations
+
+import json
+import stat
+
+import numpy as np
+import pytest
+
+from sfumato.errors import BudgetError, InputError
+from sfumato.privacy.budget import Budget
+from sfumato.privacy.ledger import Ledger
+from sfumato.retrieval import build
+from sfumato.retrieval.build import add, build_index, default_delta, delete, read_prompts, release_codebook
+from sfumato.retrieval.collection import Collection
+from sfumato.retrieval.options import AddOptions, CodebookOptions, DeleteOptions, IndexOptions
+from tests.retrieval.conftest import pictures
+from tests.retrieval.frame import SIDE, clustered
+
+
+def test_an_index_is_closed_to_others_and_the_same_command_is_done(made, tmp_path) -> None:
+    index = made()
+    assert stat.S_IMODE(index.stat().st_mode) == 0o700
+    assert stat.S_IMODE((index / "internal" / "vectors" / "state.db").stat().st_mode) == 0o600
+    spent = Ledger.open(index / "internal" / "ledger.db").spent
+    options = IndexOptions(
+        str(tmp_path / "private"), 5.0, str(index), queries=3, public_size=60, size=SIDE, share=0.1
+    )
+    assert "nothing was done" in build_index(options)[0]
+    assert Ledger.open(index / "internal" / "ledger.db").spent == spent
+    with pytest.raises(InputError, match="other options"):
+        build_index(IndexOptions(**{**vars(options), "epsilon": 6.0}))
+
+
+def test_an_undeclared_number_of_units_is_bought(made) -> None:
+    index = made(public_size=None, epsilon=40.0)
+    collection = Collection.open(index)
+    assert abs(collection.plan.units - 60) < 40
+    labels = [each.label for each in collection.reservation.ledger.reservations()]
+    assert labels == ["count", "retrieve"]
+    collection.condition("a portrait")
+    claim = collection.certificate()
+    assert len(claim["reservations"]) == 2 and claim["epsilon"] <= 40 * (1 + 1e-9)
+
+
+def test_an_interrupted_index_goes_on_on_the_same_reservation(made, monkeypatch, tmp_path) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sfumato.privacy.protected_vectors.ProtectedVectors.add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made()
+    with pytest.raises(InputError, match=r"is no index.*run that command again"):
+        Collection.open(tmp_path / "index")
+    index = made()
+    assert len(Ledger.open(index / "internal" / "ledger.db").reservations()) == 1
+    assert not Collection.open(index).condition("a portrait").cached
+
+
+def test_a_ledger_with_too_little_left_is_refused_before_anything(made, tmp_path) -> None:
+    Ledger.open(tmp_path / "mine.db", total=Budget(1.0, 1e-6))
+    with pytest.raises(BudgetError, match="--epsilon 5 is more than"):
+        made(ledger=str(tmp_path / "mine.db"))
+    index = made("second", ledger=str(tmp_path / "mine.db"), epsilon=1.0)
+    assert Collection.open(index).facts.ledger == str(tmp_path / "mine.db")
+    with pytest.raises(InputError, match="there is no ledger"):
+        made("third", ledger=str(tmp_path / "none.db"))
+
+
+def test_groups_are_units(encoder, tmp_path) -> None:
+    private = pictures(tmp_path / "private", 40)
+    rows = [{"file_name": f"{i:04d}.png", "group_id": f"owner {i % 10}"} for i in range(40)]
+    (private / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    build_index(
+        IndexOptions(
+            str(private),
+            5.0,
+            str(tmp_path / "index"),
+            queries=5,
+            unit="group",
+            public_size=10,
+            size=SIDE,
+            share=0.5,
+        )
+    )
+    collection = Collection.open(tmp_path / "index")
+    assert len(np.unique(collection.private._unit_of)) == 10
+    collection.condition("a portrait")
+    assert collection.certificate()["unit"] == "group"
+
+
+def test_vectors_made_elsewhere_are_taken_when_they_fit(encoder, tmp_path) -> None:
+    vectors = clustered(80, 4)
+    path = tmp_path / "private.npz"
+
+    def made_of(name: str, **arrays: np.ndarray) -> Collection:
+        np.savez(path, **arrays)
+        build_index(IndexOptions(str(path), 5.0, str(tmp_path / name), queries=5, public_size=80, share=0.1))
+        return Collection.open(tmp_path / name)
+
+    ids = np.array([f"image-{i}" for i in range(80)])
+    made_of("good", vectors=vectors, ids=ids).condition("a portrait")
+    for name, arrays, said in (
+        ("long", {"vectors": 2 * vectors, "ids": ids}, r"has length 2, not 1"),
+        ("twice", {"vectors": vectors, "ids": np.array(["same"] * 80)}, "'same' comes twice"),
+        ("wide", {"vectors": clustered(80, 4)[:, :8], "ids": ids}, "holds vectors of 16 numbers"),
+        ("none", {"vectors": vectors}, "holds no vectors that can be read"),
+        ("few", {"vectors": vectors, "ids": ids[:5]}, "does not give each vector one id"),
+    ):
+        with pytest.raises(InputError, match=said):
+            made_of(name, **arrays)
+
+
+def test_records_come_and_go(made, tmp_path) -> None:
+    index = made()
+    collection = Collection.open(index)
+    collection.condition("a portrait")
+    more = pictures(tmp_path / "more", 5, seed=9, first=100)
+    assert "added" in add(AddOptions(str(index), str(more)))[0]
+    with pytest.raises(InputError, match="in the index already"):
+        add(AddOptions(str(index), str(more)))
+    assert Collection.open(index).condition("a portrait").cached
+    delete(DeleteOptions(str(index), ("0003.png", "0104.png")))
+    again = Collection.open(index)
+    assert int(again.private._alive.sum()) == 63
+    assert not again.condition("a portrait").cached
+    with pytest.raises(InputError, match=r"no record '0003\.png'"):
+        delete(DeleteOptions(str(index), ("0004.png", "0003.png")))
+    assert int(Collection.open(index).private._alive.sum()) == 63
+
+
+def test_a_codebook_is_released_once_and_asked_for_ever(made, tmp_path) -> None:
+    Ledger.open(tmp_path / "mine.db", total=Budget(8.0, 3e-6))
+    index = made(ledger=str(tmp_path / "mine.db"))
+    options = CodebookOptions(str(index), 2.0, str(tmp_path / "code"), codes=8)
+    said = release_codebook(options)
+    spent = Ledger.open(tmp_path / "mine.db").spent
+    assert "nothing was done" in release_codebook(options)[0]
+    assert Ledger.open(tmp_path / "mine.db").spent == spent
+    release = tmp_path / "code" / "release"
+    assert str(release) in said[1] and {p.name for p in release.iterdir()} == {
+        "codebook.safetensors", "privacy.json", "README.md",
+    }  # fmt: skip
+    claim = json.loads((release / "privacy.json").read_text())
+    assert claim["epsilon"] <= 2.0 * (1 + 1e-9)
+    with pytest.raises(BudgetError, match="codebook would cost"):
+        release_codebook(CodebookOptions(str(index), 5.0, str(tmp_path / "more"), codes=8))
+
+
+def test_a_dry_run_reads_nothing_and_spends_nothing(encoder, tmp_path) -> None:
+    lines = build_index(
+        IndexOptions("/nowhere", 5.0, str(tmp_path / "index"), public_size=1000, dry_run=True, queries=50)
+    )
+    assert any("participations" in line for line in lines) and lines[-1] == "Nothing was spent."
+    assert not (tmp_path / "index").exists()
+
+
+def test_another_encoder_needs_public_images(encoder, tmp_path) -> None:
+    private = pictures(tmp_path / "private", 60)
+    options = IndexOptions(
+        str(private), 5.0, str(tmp_path / "index"), encoder="other", public_size=60, queries=5, size=SIDE
+    )
+    with pytest.raises(InputError, match="--encoder other needs --public"):
+        build_index(options)
+    public = pictures(tmp_path / "public", 80, seed=5)
+    build_index(IndexOptions(**{**vars(options), "public": str(public)}))
+    assert len(Collection.open(tmp_path / "index").public.vectors) == 80
+    with pytest.raises(InputError, match="the same, or one holds the other"):
+        build_index(IndexOptions(**{**vars(options), "public": str(private), "out": str(tmp_path / "again")}))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"epsilon": 0.0}, "--epsilon must be above 0"),
+        ({"queries": 0}, "--queries must be above 0"),
+        ({"delta": 2.0}, "--delta must lie between"),
+        ({"neighbours": 5}, "--neighbours belongs to --mechanism topk"),
+        ({"mechanism": "topk", "share": 0.1}, "--share belongs to the ball"),
+        ({"mechanism": "topk", "neighbours": 0}, "--neighbours must be at least 1"),
+        ({"mechanism": "topk", "interpolation": 2.0}, "--interpolation"),
+        ({"dry_run": True}, "--dry-run needs --public-size"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(given, said) -> None:
+    with pytest.raises(InputError, match=said):
+        IndexOptions(**{"private": "x", "epsilon": 1.0, "out": "y", **given}).check()
+
+
+def test_k_beyond_the_collection_is_refused_before_a_charge(encoder, tmp_path) -> None:
+    private = pictures(tmp_path / "private", 60)
+    with pytest.raises(InputError, match="--neighbours 100 is more than the collection's 60 units"):
+        build_index(
+            IndexOptions(
+                str(private),
+                5.0,
+                str(tmp_path / "index"),
+                mechanism="topk",
+                neighbours=100,
+                public_size=60,
+                queries=5,
+            )
+        )
+    assert not (tmp_path / "index" / "internal" / "ledger.db").exists()
+
+
+def test_prompts_of_a_file_are_read_once_each_and_errors_name_the_line(tmp_path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("a hat\n\n a  hat \nglasses\n")
+    assert read_prompts(path, "PROMPTS") == ["a hat", "glasses"]
+    path.write_text("a hat\na\x00b\n")
+    with pytest.raises(InputError, match="line 2: the prompt holds a control character"):
+        read_prompts(path, "PROMPTS")
+    path.write_text("\n")
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_prompts(path, "PROMPTS")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_prompts(path, "PROMPTS")
+
+
+def test_delta_is_well_below_one_over_n() -> None:
+    assert default_delta(None) == 1e-6 and default_delta(1000) == 1e-6
+    assert default_delta(10**8) < 1e-9
+    assert build.SHARE_OF_COUNT < 0.1
