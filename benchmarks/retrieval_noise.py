@@ -6,7 +6,8 @@ Private: 20,000 images of CIFAR-10; public: 20,000 of Tiny-ImageNet; prompts: ot
 EfficientNet-Lite0 features along 64 public principal directions, of length 1. A neighbourhood is what lies within the
 similarity of a prompt's public neighbour of the same rank. Writes loads.json (how often private records lie in balls,
 measured over all prompts) and table.md: the standard deviation, per coordinate, of a mean over the neighbourhood, at
-equal (ε, δ) for adding or removing one image. `--run` puts 10,000 real questions to the real mechanism and counts who dropped out.
+equal (ε, δ) for adding or removing one image. `--run` puts 10,000 real questions to the real mechanism and counts who
+dropped out.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def run(private: np.ndarray, public: PublicSide, out: Path, size: int, epsilon: 
     parts = [slice(i * PROMPTS // 5, (i + 1) * PROMPTS // 5) for i in range(5)]
     kept = [f"{counted[p].sum() / truth[p].sum():.1%}" for p in parts]
     return (
-        f"M {size}, ε {epsilon:g}: cap {cap}, noise of the number {plan.count_noise:.1f}; counted over really there, by "
+        f"M {size}, ε {epsilon:g}: cap {cap}, noise of the number {plan.count_noise:.1f}; counted over there, by "
         f"fifths of the run: {', '.join(kept)}\n"
     )
 

@@ -233,10 +233,8 @@ def ball_sum(
             private._state.keep(key, answer)
             return answer, False
         budgets, query = plan.planned()
-        if reservation.planned != (
-            budgets,
-            query,
-        ):  # σ and L may differ where σ/√L, and so the event, does not
+        # σ and L may both differ where σ/√L, and so the event, does not
+        if reservation.planned != (budgets, query):
             raise LedgerError(
                 "these ball queries are not what was reserved (noise, budgets or number); nothing was released. "
                 "Use the plan of the reservation"

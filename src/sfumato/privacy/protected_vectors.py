@@ -47,7 +47,8 @@ class ProtectedVectors:
         self.folder, self.dimension = folder, dimension
         self._state = QueryState(folder / _STATE)
         self._seen = -1
-        self._refresh()
+        with self._state.exclusive():
+            self._refresh()
 
     @classmethod
     def create(cls, folder: Path, dimension: int) -> ProtectedVectors:
