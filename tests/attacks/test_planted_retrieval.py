@@ -28,7 +28,7 @@ from sfumato.privacy.private_query import BALL_QUERY, FINE, Ball, BallPlan, Near
 from sfumato.privacy.protected_vectors import ProtectedVectors
 from sfumato.privacy.query_state import USED_UNIT, QueryState
 
-ALARM, DELTA, RUNS, D = 1e-7, 1e-5, 400, 3
+ALARM, DELTA, RUNS, D = 1e-7, 1e-5, 300, 3
 X, Y, Z = np.eye(D)
 fresh = itertools.count()
 TOPK = NearestPlan(2, 4.0, 4)

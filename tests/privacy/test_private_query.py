@@ -375,7 +375,7 @@ def test_a_unit_whose_vectors_fill_the_first_ranks_does_not_hide_the_others(tmp_
 # --- one unit more
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=24), st.integers(0, 999), st.integers(0, 9),
     st.sampled_from([1e-300, 0.3, 5.0, 1e300]), st.floats(-3, 3), st.sampled_from([None, 1, 3]),
@@ -481,11 +481,10 @@ def test_the_same_question_is_free_and_none_is_answered_beyond_the_plan(tmp_path
     plan, mechanism = QUESTIONS[kind]
     private, reservation = collection(tmp_path, unit_vectors(6)), reserved(tmp_path, plan)
     first = [ask(private, plan, reservation, str(i))[0].tolist() for i in range(4)]
-    assert len({value for answer in first for value in answer}) == len(first) * len(first[0])
+    assert len({tuple(answer) for answer in first}) == 4  # fresh noise each
     before = used(private)
     other = ProtectedVectors(private.folder, D)
     for handle in (private, other):
-        assert [ask(handle, plan, reservation, str(i)) for i in range(0)] == []
         for i in range(4):
             value, cached = ask(handle, plan, reservation, str(i))
             assert cached and value.tolist() == first[i]
@@ -638,7 +637,7 @@ def adaptive_losses(cap: int, noise: float, runs: int, filtered: bool = True) ->
 
 @pytest.mark.parametrize(("cap", "noise"), [(1, 1.0), (4, 2.0), (9, 6.0)])
 def test_the_budgets_event_bounds_adaptive_questions(cap, noise):
-    runs, total = 200_000, ball_plan(noise_multiplier=noise, per_unit_cap=cap).total_noise_multiplier
+    runs, total = 80_000, ball_plan(noise_multiplier=noise, per_unit_cap=cap).total_noise_multiplier
     for epsilon in (0.2, 0.5, 1.0, 2.0):
         stated = gaussian_delta(total, epsilon)
         gains = np.maximum(0, -np.expm1(epsilon - adaptive_losses(cap, noise, runs)))

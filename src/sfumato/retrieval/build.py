@@ -30,7 +30,7 @@ from sfumato.retrieval.codebook import FILE, Codes
 from sfumato.retrieval.collection import INDEX, PRIVATE, PUBLIC, Collection, IndexFacts
 from sfumato.retrieval.options import DEFAULT_DELTA, AddOptions, CodebookOptions, DeleteOptions, IndexOptions
 from sfumato.retrieval.plan import RADIUS_QUANTILE, RetrievalPlan, make_plan, told
-from sfumato.retrieval.prompts import checked_prompt, portrait_prompts
+from sfumato.retrieval.prompts import checked_prompt
 from sfumato.retrieval.public_side import PublicSide, embedded_public
 
 SHARE_OF_COUNT = 0.02  # of ε, for a noisy count where the number of units is not declared
@@ -183,8 +183,9 @@ def release_codebook(options: CodebookOptions) -> list[str]:
     mine = [reservation]
     if facts.count_reservation is not None:  # the number of codes follows from it
         mine += [r for r in reservation.ledger.reservations() if r.id == facts.count_reservation]
+    allowed = Budget(budget.epsilon + sum(r.epsilon for r in mine[1:]), budget.delta)
     claim = certificate(
-        mine, unit=facts.unit, public_size=round(units), budget=None, software=software("transformers"),
+        mine, unit=facts.unit, public_size=round(units), budget=allowed, software=software("transformers"),
         ledger_head=reservation.ledger.head,
     )  # fmt: skip
     writer = ReleaseWriter(out)
@@ -288,6 +289,3 @@ def _take(out: Path, options: IndexOptions) -> None:
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     InternalWriter(out)
     write_whole(path, wanted.encode())
-
-
-__all__ = ["add", "build_index", "delete", "portrait_prompts", "read_prompts", "release_codebook"]

@@ -28,7 +28,7 @@ class Codes:
     """What the mechanism released, and the public frame it stands in.
 
     centers: float [C, D], public. sums: float [C, k + 1], noisy sums of residuals and numbers. basis: [D, k] or None.
-    residual_noise, count_noise: standard deviations of both. near: public share of centres a prompt is answered from.
+    residual_noise, count_noise: standard deviations of both. units: the public number of units.
     """
 
     centers: np.ndarray
@@ -98,13 +98,11 @@ class Codebook:
         codes = self.codes
         scores = codes.centers @ direction
         near = np.argsort(-scores)[: max(1, round(len(scores) / 8))]
-        numbers = codes.sums[near, -1]
-        trusted = np.maximum(
-            numbers - codes.count_noise, 0
-        )  # codes that hold hardly more than noise are left out
-        if not trusted.any():
+        used = near[
+            codes.sums[near, -1] > codes.count_noise
+        ]  # codes that hold hardly more than noise are left out
+        if not len(used):
             return Condition(codes.centers[near].mean(0).astype(np.float32), 0.0, False, True)
-        used = near[trusted > 0]
         center = np.average(codes.centers[used], axis=0, weights=np.maximum(codes.sums[used, -1], 1))
         summed = codes.sums[used].sum(0)
         many = np.sqrt(len(used))
@@ -112,9 +110,7 @@ class Codebook:
             summed, center, codes.basis, codes.residual_noise * many, codes.count_noise * many,
             max(codes.units * len(used) / len(codes.centers), 1.0), cached=True,
         )  # fmt: skip
-        return Condition(
-            told.vector, told.noise, True, True
-        )  # the weights are private even where the residual is not
+        return Condition(told.vector, told.noise, True, True)  # its weights are private, if nothing else is
 
     def status(self) -> dict[str, Any]:
         """Public figures: what it cost; asking is unlimited."""

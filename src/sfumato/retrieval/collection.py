@@ -15,6 +15,7 @@ import numpy as np
 
 from sfumato.encoders.text_image import TextImageEncoder, open_text_image_encoder
 from sfumato.errors import BudgetError, InputError, LedgerError
+from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger, Reservation
 from sfumato.privacy.private_query import (
     BALL_QUERY,
@@ -195,7 +196,8 @@ class Collection:
         ledger = self.reservation.ledger
         found = [each for each in ledger.reservations() if each.id in mine]
         return certificate(
-            found, unit=self.facts.unit, public_size=round(self.plan.units), budget=None,
+            found, unit=self.facts.unit, public_size=round(self.plan.units),
+            budget=Budget(self.facts.epsilon, self.facts.delta),
             software=software("transformers"), ledger_head=ledger.head,
         )  # fmt: skip
 
