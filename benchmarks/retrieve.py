@@ -1,18 +1,20 @@
 """What prompts are answered with: private portraits in a style that nothing public ever saw, at every mechanism and
 budget.
 
-    python benchmarks/data/portraits.py public held-out
+    python benchmarks/data/portraits.py public
+    python benchmarks/data/portraits.py held-out --count 20000
     python benchmarks/retrieve.py --tier cpu --out DIR      # resumable; an hour of a core
     python benchmarks/retrieve.py --tier full --out DIR     # more prompts, pictures and steps; for an accelerator
 
-Private: 2,000 portraits of one held-out style behind a real index with a real ledger, T planned questions, ε over all
+Private: 20,000 portraits of one held-out style behind a real index with a real ledger, T planned questions, ε over all
 of them, δ = 1e-6; public: the embedded vectors of the other styles. Test prompts name attributes, never a style. They
-are asked last, after T - P others, so that per-record budgets are as worn as they get. Methods: public neighbours alone
-(λ = 0), top-k, ball, ball with per-record budgets, a codebook released once, and the mean of the same neighbourhood
-without noise. Measured against 1,000 images of the private set: kernel distance (KID) in EfficientNet-Lite0 features,
-precision and recall, the cosine between conditions and the non-private ones; and against the prompts: the mean rank of
-a picture's own prompt among all, in the embedded joint space (1 first, 0.5 chance). Position: 0 % is the non-private
-mean, 100 % is public only. Writes cells.jsonl, table.md and a contact sheet into --out; no private image is in it.
+are asked last, after T - P others where records have budgets of their own, so that these are as worn as they get.
+Methods: public neighbours alone (λ = 0), top-k, ball, ball with per-record budgets, a codebook released once, and the
+mean of the same neighbourhood without noise. Measured against 1,000 images of the private set: kernel distance (KID) in
+EfficientNet-Lite0 features, precision and recall, the cosine between conditions and the non-private ones; and against
+the prompts: the mean rank of a picture's own prompt among all, in the embedded joint space (1 first, 0.5 chance).
+Position: 0 % is the non-private mean, 100 % is public only. Writes cells.jsonl, table.md and a contact sheet into
+--out; no private image is in it.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from sfumato.retrieval.generator import RetrievalGenerator
 from sfumato.retrieval.options import CodebookOptions, IndexOptions
 from sfumato.retrieval.prompts import portrait_prompts
 
-RECORDS, REFERENCE = 2_000, 1_000
+RECORDS, REFERENCE = 20_000, 1_000
 EPSILONS, QUERIES = (1.0, 10.0), (100, 10_000)
 DELTA = 1e-6
 MECHANISMS = ("topk", "ball", "ball-filter")
@@ -111,9 +113,21 @@ class Bench:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
 
     def images(self, style: str) -> np.ndarray:
-        """The private images, uint8 [2,000, 32, 32, 3]."""
+        """The private images, uint8 [20,000, 32, 32, 3]."""
         with np.load(self.data / f"portraits-{style}-32.npz", allow_pickle=False) as held:
             return held["images"][:RECORDS]
+
+    def vectors(self, style: str) -> np.ndarray:
+        """Their vectors in the joint space, float32 [20,000, 64], kept in a file."""
+        path = self.out / f"vectors-{style}.npy"
+        if not path.exists():
+            images, parts = self.images(style), []
+            with Progress(f"encoding {style}", total=len(images), unit="images") as progress:
+                for start in range(0, len(images), 512):
+                    parts.append(self.encoder.images(images[start : start + 512]))
+                    progress.advance(len(parts[-1]))
+            np.save(path, np.concatenate(parts))
+        return np.load(path)
 
     def real(self, style: str) -> np.ndarray:
         """Features of 1,000 of them."""
@@ -127,7 +141,8 @@ class Bench:
         """A real index of the style for this mechanism, budget and T."""
         private = self.out / f"private-{cell.style}.npz"
         if not private.exists():
-            np.savez(private, images=self.images(cell.style))
+            ids = np.array([f"{number:05d}" for number in range(RECORDS)])
+            np.savez(private, vectors=self.vectors(cell.style), ids=ids)
         folder = self.out / f"index-{cell.key.replace('/', '-')}"
         ledger = self.out / f"{folder.name}.ledger.db"
         Ledger.open(ledger, total=Budget(2 * cell.epsilon + 1, 4 * DELTA))  # with room for the codebooks
@@ -146,6 +161,8 @@ class Bench:
         if cell.method == "codebook":
             return self.codebook(cell)
         collection = self.index(cell)
+        if cell.method != "ball-filter":  # what others asked changes nothing here
+            return [collection.condition(prompt) for prompt in self.prompts]
         left = collection.status()["queries_left"] - len(self.prompts)
         with Progress(f"{cell.key}: other questions", total=max(left, 0)) as progress:
             for prompt in self.others(left):
@@ -171,7 +188,7 @@ class Bench:
     def without_budget(self, cell: Cell) -> list[Condition]:
         """Public neighbours alone, or the private mean of the neighbourhood of ball-filter at ε = 10, without noise."""
         plan_of = Collection.open(self.out / f"index-{cell.style}-ball-filter-10-{QUERIES[0]}")
-        private = self.encoder.images(self.images(cell.style)).astype(np.float64)
+        private = self.vectors(cell.style).astype(np.float64)
         count, out = plan_of.plan.public_count(plan_of.public), []
         for direction in self.encoder.texts(self.prompts).astype(np.float64):
             ball = plan_of.public.ball(direction, count)

@@ -206,17 +206,14 @@ class QueryState:
             before = np.array([used[unit] for unit in units.tolist()], np.int64)
             active = before + costs <= cap
             value = answer(active)
-            changed = [
-                {"of": unit, "now": now}
-                for unit, now in zip(units[active].tolist(), (before + costs)[active].tolist(), strict=True)
-            ]
-            if changed:
-                db.execute(
-                    sql.update(_UNITS)
-                    .where(_UNITS.c.unit == sql.bindparam("of"))
-                    .values(used=sql.bindparam("now")),
-                    changed,
-                )
+            now = np.stack([units[active], (before + costs)[active]], 1)
+            db.execute(
+                sql.text(
+                    "UPDATE units SET used = json_extract(j.value, '$[1]') FROM json_each(:now) AS j "
+                    "WHERE units.unit = json_extract(j.value, '$[0]')"
+                ),
+                {"now": json.dumps(now.tolist())},
+            )
             self._keep(db, key, value)
             db.execute(
                 sql.update(_META).values(
