@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.quick = False
         self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(WIDTH, 4 * WIDTH), "c_proj": nn.Linear(4 * WIDTH, WIDTH)})
@@ -31,7 +34,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-        return x + self.mlp["c_proj"](nn.functional.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        z = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](z * torch.sigmoid(1.702 * z) if self.quick else nn.functional.gelu(z))
 
 
 class Tower(nn.Module):
@@ -102,8 +106,25 @@ def made(tmp_path) -> tuple[Path, Reference]:
     return folder, reference
 
 
-def test_both_towers_give_what_the_reference_gives(made) -> None:
+def described(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """open_clip_config.json with a change in its model_cfg."""
+    content = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+    change(content["model_cfg"])
+    (folder / "open_clip_config.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_both_towers_give_what_the_reference_gives(made, quick) -> None:
     folder, reference = made
+    described(folder, lambda model: model.update(quick_gelu=quick))
+    with torch.no_grad():
+        for module in reference.modules():
+            if isinstance(module, Block):
+                module.quick = quick
+                module.mlp["c_fc"].weight.mul_(4)  # far enough from 0 for the two activations to differ
+    save_file(
+        {k: v.contiguous() for k, v in reference.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     encoder = open_text_image_encoder(str(folder))
     images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
@@ -126,4 +147,32 @@ def test_what_is_no_vision_transformer_or_lacks_weights_is_refused(made) -> None
         json.dumps({"model_cfg": {"embed_dim": 4}}), encoding="utf-8"
     )
     with pytest.raises(InputError, match="describes no vision transformer"):
+        open_text_image_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ("vision_cfg", "global_average_pool"),
+        ("vision_cfg", "timm_model_name"),
+        ("text_cfg", "no_causal_mask"),
+    ],
+)
+def test_a_setting_that_would_give_other_vectors_is_refused_not_ignored(made, part, setting) -> None:
+    folder, _ = made
+    described(folder, lambda model: model[part].update({setting: False}))
+    assert open_text_image_encoder(str(folder)).dimension == DIMENSION
+    described(folder, lambda model: model[part].update({setting: True}))
+    with pytest.raises(InputError, match=f"{part}: {setting}.*no budget was spent"):
+        open_text_image_encoder(str(folder))
+
+
+@pytest.mark.parametrize("extra", ["visual.transformer.resblocks.0.ls_1.gamma", "visual.attn_pool.query"])
+def test_weights_that_have_no_place_are_refused_and_masks_are_not(made, extra) -> None:
+    folder, reference = made
+    held = {k: v.contiguous() for k, v in reference.state_dict().items()}
+    save_file({**held, "attn_mask": torch.zeros(CONTEXT, CONTEXT)}, folder / "open_clip_model.safetensors")
+    assert open_text_image_encoder(str(folder)).dimension == DIMENSION
+    save_file({**held, extra: torch.ones(WIDTH)}, folder / "open_clip_model.safetensors")
+    with pytest.raises(InputError, match=f"such as {extra}"):
         open_text_image_encoder(str(folder))

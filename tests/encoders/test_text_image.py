@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -135,9 +138,38 @@ def test_the_embedded_space_puts_words_beside_what_they_name() -> None:
         ["a portrait with glasses", "a portrait with glasses and a hat", "a portrait with no hair"]
     )
     assert said[0] @ said[1] > said[0] @ said[2]
-    dark, light = (np.full((1, 32, 32, 3), value, np.uint8) for value in (20, 235))
-    negative = encoder.texts(
-        ["a portrait in the style of negative lorelei", "a portrait in the style of faded lorelei"]
+
+
+def test_the_embedded_space_is_the_one_its_generator_and_public_vectors_were_made_in() -> None:
+    encoder, again = open_text_image_encoder(), open_text_image_encoder()
+    assert encoder.identity == "b7976b86374d4aaac57df39aa97ec569183453c3ccc5b1bc6142a75695724445"
+    images, texts = (
+        pictures(20, size=32),
+        [f"a portrait {word}" for word in "with a hat and dark skin".split()],
     )
-    shown = np.concatenate([encoder.images(dark), encoder.images(light)])
-    assert shown.shape == (2, 64) and (shown @ negative.T).shape == (2, 2)
+    for found in (encoder.images(images), encoder.texts(texts)):
+        assert found.dtype == np.float32 and found.shape[1] == 64
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert np.array_equal(encoder.images(images), again.images(images))
+    assert np.array_equal(encoder.texts(texts), again.texts(texts))
+    assert np.array_equal(encoder.images(images[7:8])[0], encoder.images(images)[7])
+
+
+def test_a_hub_id_brings_its_tokenizer(folder, monkeypatch) -> None:
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        if repository != "owner/tiny":
+            raise ConnectionError("no such model\nsecond line")
+        for file in (
+            *folder.iterdir(),
+            Path("open_clip_config.json"),
+            Path("vocab.json"),
+            Path("merges.txt"),
+        ):
+            assert any(fnmatch(file.name, pattern) for pattern in allow_patterns), file.name
+        assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_text_image_encoder("hf:owner/tiny").identity == open_text_image_encoder(str(folder)).identity
+    with pytest.raises(InputError, match=r"'hf:owner/other' could not be downloaded .*no such model\);"):
+        open_text_image_encoder("hf:owner/other")

@@ -37,6 +37,16 @@ _OUTSIDE = {
     "ln_final.bias": "text_model.final_layer_norm.bias",
     "logit_scale": "logit_scale",
 }
+_READ = {
+    "vision_cfg": {
+        "width", "layers", "head_width", "mlp_ratio", "image_size", "patch_size",
+        "patch_dropout", "output_tokens",  # of training, and of what else is returned
+    },
+    "text_cfg": {
+        "width", "layers", "heads", "vocab_size", "context_length",
+        "hf_tokenizer_name", "tokenizer_kwargs", "output_tokens",  # the tokenizer's own files are read instead
+    },
+}  # fmt: skip
 _TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 
@@ -51,6 +61,9 @@ def from_open_clip(folder: Path) -> tuple[Any, dict[str, Any]]:
     try:
         model, prepared = described["model_cfg"], described.get("preprocess_cfg", {})
         vision, text = model["vision_cfg"], model["text_cfg"]
+        for part, known in _READ.items():
+            if unknown := sorted(key for key, value in model[part].items() if value and key not in known):
+                raise ValueError(f"{part}: {', '.join(unknown)}")
         width, heads = int(vision["width"]), int(vision["width"]) // int(vision.get("head_width", 64))
         act = "quick_gelu" if model.get("quick_gelu", False) else "gelu"
         size = vision["image_size"]
@@ -80,7 +93,7 @@ def from_open_clip(folder: Path) -> tuple[Any, dict[str, Any]]:
     network = CLIPModel(config)
     try:
         found = renamed(held)
-        missing, _ = network.load_state_dict(found, strict=False)
+        missing, unknown = network.load_state_dict(found, strict=False)
     except RuntimeError as error:
         raise bad_source(
             str(folder / WEIGHTS), f"does not fit {CONFIG} ({_first_line(error)})", "give files of one model"
@@ -90,6 +103,9 @@ def from_open_clip(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise bad_source(
             str(folder / WEIGHTS), f"lacks weights (such as {lacking[0]})", "give the complete model"
         )
+    if unknown:
+        problem = f"holds weights that no plain vision or text transformer has (such as {unknown[0]})"
+        raise bad_source(str(folder / WEIGHTS), problem, "give a ViT of open_clip")
     settings = {
         "size": size, "resample": 3 if prepared.get("interpolation", "bicubic") == "bicubic" else 2,
         "image_mean": prepared.get("mean", (0.48145466, 0.4578275, 0.40821073)),
@@ -99,7 +115,7 @@ def from_open_clip(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def renamed(held: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under transformers' names; what has no place there (masks) is left out."""
+    """Weights under transformers' names; masks are left out, and what has no place there keeps its name."""
     held = {name.removeprefix("text."): value for name, value in held.items()}
     out: dict[str, Tensor] = {}
     for name, value in held.items():
@@ -117,4 +133,8 @@ def renamed(held: dict[str, Tensor]) -> dict[str, Tensor]:
                     out[f"{place}.self_attn.{which}.{inside.removeprefix('attn.in_proj_')}"] = part.clone()
             elif stem in _INSIDE:
                 out[f"{place}.{_INSIDE[stem]}.{kind}"] = value
+            else:
+                out[name] = value
+        elif name not in ("attn_mask", "logit_bias"):
+            out[name] = value
     return out

@@ -18,7 +18,8 @@ from torch import Tensor
 from sfumato.data.records import bad_source, fingerprint
 from sfumato.encoders.encoder import NotFinite, Preprocessing, check_images, device, marked_like
 from sfumato.encoders.open_clip import from_open_clip
-from sfumato.encoders.user import _digest, _first_line, _json, _preprocessing, downloaded
+from sfumato.encoders.quiet import quiet
+from sfumato.encoders.user import _digest, _first_line, _json, _preprocessing
 
 EMBEDDED = "portraits"
 CODE = "sfumato-text-image/1"  # part of every identity: change it whenever vectors change
@@ -26,6 +27,13 @@ _BLOCK = (
     16  # images, or texts, that go through together; always so many, so that none of them depends on how many
 )
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
+_HUB_FILES = [
+    "*config.json",
+    "special_tokens_map.json",
+    *_TOKENIZER,
+    "*.safetensors",
+    "*.safetensors.index.json",
+]
 
 
 class TextImageEncoder:
@@ -98,13 +106,24 @@ def open_text_image_encoder(spec: str = EMBEDDED) -> TextImageEncoder:
     if spec == EMBEDDED:
         return _opened(Path(__file__).parent / "portraits_clip", EMBEDDED)
     try:
-        folder = downloaded(spec) if spec.startswith("hf:") else Path(spec).expanduser()
+        folder = _downloaded(spec) if spec.startswith("hf:") else Path(spec).expanduser()
         if not folder.is_dir():
             remedy = "give portraits, a folder of a CLIPModel or of open_clip, or hf:OWNER/NAME"
             raise bad_source(spec, "is no joint space of images and texts and no such folder exists", remedy)
         return _opened(folder, folder.resolve().name)
     except OSError as error:
         raise bad_source(spec, f"cannot be read ({error.strerror or error})", "allow reading it") from None
+
+
+def _downloaded(spec: str) -> Path:
+    """The folder of "hf:OWNER/NAME", tokenizer and all: downloaded once and kept in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(spec.removeprefix("hf:"), allow_patterns=_HUB_FILES))
+    except Exception as error:  # it raises whatever the network and the hub make it raise
+        problem = f"could not be downloaded ({type(error).__name__}: {_first_line(error)})"
+        raise bad_source(spec, problem, "check the name and the connection, or give a local folder") from None
 
 
 def _opened(folder: Path, name: str) -> TextImageEncoder:
@@ -155,9 +174,10 @@ def _network(folder: Path) -> Any:
         )
     kind: Any = transformers.CLIPModel
     try:
-        network, loaded = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        with quiet():
+            network, loaded = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:  # its loaders raise whatever the files make them raise
         problem = f"cannot be loaded as a CLIPModel ({_first_line(error)})"
         raise bad_source(str(folder), problem, "give a folder that CLIPModel.save_pretrained wrote") from None

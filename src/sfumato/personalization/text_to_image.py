@@ -7,11 +7,9 @@ Opened from a folder or hub id in `StableDiffusionPipeline` layout (SD 1.x, 2.x)
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from sfumato.encoders.quiet import quiet
 from sfumato.errors import InputError
 
 EMBEDDED = "portraits"
@@ -247,7 +246,7 @@ def open_pipeline(where: str) -> Any:
             "hub id such as OWNER/NAME, or leave it out for the embedded model"
         )
     try:
-        with _quiet():
+        with quiet():
             pipeline = DiffusionPipeline.from_pretrained(
                 str(path) if path.exists() else where, torch_dtype=torch.float32, use_safetensors=True,
                 **({"safety_checker": None, "requires_safety_checker": False} if _is_first_kind(path, where) else {}),
@@ -267,30 +266,6 @@ def open_pipeline(where: str) -> Any:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' remarks on parts that are stock but unusual, and their bars for a second of loading."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as of_transformers
-
-    levels = logging.get_verbosity(), of_transformers.get_verbosity()
-    bars = of_transformers.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    of_transformers.set_verbosity_error()
-    logging.disable_progress_bar()
-    of_transformers.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # its successor is new
-            yield
-    finally:
-        logging.set_verbosity(levels[0])
-        of_transformers.set_verbosity(levels[1])
-        logging.enable_progress_bar()
-        if bars:
-            of_transformers.enable_progress_bar()
 
 
 def embedded_folder() -> Path:
@@ -336,7 +311,7 @@ def _is_first_kind(path: Path, where: str) -> bool:
 def _float32(network: Any, device: torch.device) -> Any:
     """On the device in single precision; a network that is there already is left alone."""
     if any(p.dtype != torch.float32 or p.device != device for p in network.parameters()):
-        with _quiet():
+        with quiet():
             network = network.to(device, torch.float32)
     return network
 

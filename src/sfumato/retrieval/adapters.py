@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.encoders.encoder import Preprocessing, device
+from sfumato.encoders.quiet import quiet
 from sfumato.errors import InputError
-from sfumato.retrieval.generator import checked, in_batches, quiet, reason, unusable
+from sfumato.retrieval.generator import checked, in_batches, reason, unusable
 
 if TYPE_CHECKING:
     from sfumato.encoders.text_image import TextImageEncoder

@@ -7,12 +7,10 @@ is not told of it and knows no empty condition. All of it is post-processing of 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from sfumato.data.images import OwnerArray
 from sfumato.encoders.encoder import device
+from sfumato.encoders.quiet import quiet
 from sfumato.errors import InputError
 from sfumato.progress import Progress
 
@@ -244,32 +243,6 @@ def in_batches(n: int, batch: int, draw: Callable[[slice], np.ndarray]) -> np.nd
             drawn.append(draw(slice(start, min(n, start + batch))))
             progress.advance(len(drawn[-1]))
     return np.concatenate(drawn)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' bars and remarks on parts that are stock but unusual."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as of_transformers
-
-    levels, bars = (
-        (logging.get_verbosity(), of_transformers.get_verbosity()),
-        of_transformers.is_progress_bar_enabled(),
-    )
-    logging.set_verbosity_error()
-    of_transformers.set_verbosity_error()
-    logging.disable_progress_bar()
-    of_transformers.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")  # its successor is new
-            yield
-    finally:
-        logging.set_verbosity(levels[0])
-        of_transformers.set_verbosity(levels[1])
-        logging.enable_progress_bar()
-        if bars:
-            of_transformers.enable_progress_bar()
 
 
 def unusable(where: str | Path, problem: str, remedy: str = "Give a complete one") -> InputError:
