@@ -147,7 +147,7 @@ def run(private: np.ndarray, public: PublicSide, out: Path, size: int, epsilon: 
     counted, truth = [], []
     with Progress("questions", total=PROMPTS) as progress:
         for number, direction in enumerate(public.prompts):
-            ball = public.ball(direction, size)
+            ball = public.ball(direction, size, np.zeros(DIRECTIONS))
             answer, _ = ball_sum(held, ball, plan, reservation, f"prompt {number}")
             counted.append(answer[-1])
             truth.append(int((private @ direction >= ball.threshold).sum()))

@@ -88,13 +88,14 @@ def cells(styles: tuple[str, ...]) -> Iterator[Cell]:
     """In the order in which they are worked on."""
     for style in styles:
         yield Cell(style, "public only", 0, 0)
+        yield Cell(style, "noisy mean of all", 0.5, 0)
         yield Cell(style, "non-private", 0, 0)
+        for epsilon in reversed(EPSILONS):
+            yield Cell(style, "codebook", epsilon, 0)
         for queries in QUERIES:
             for epsilon in reversed(EPSILONS):
                 for method in MECHANISMS:
                     yield Cell(style, method, epsilon, queries)
-        for epsilon in reversed(EPSILONS):
-            yield Cell(style, "codebook", epsilon, 0)
 
 
 class Bench:
@@ -156,7 +157,7 @@ class Bench:
 
     def conditions(self, cell: Cell) -> list[Condition]:
         """What the generator is told for each test prompt."""
-        if cell.method in ("public only", "non-private"):
+        if cell.method in ("public only", "noisy mean of all", "non-private"):
             return self.without_budget(cell)
         if cell.method == "codebook":
             return self.codebook(cell)
@@ -191,9 +192,11 @@ class Bench:
         private = self.vectors(cell.style).astype(np.float64)
         count, out = plan_of.plan.public_count(plan_of.public), []
         for direction in self.encoder.texts(self.prompts).astype(np.float64):
-            ball = plan_of.public.ball(direction, count)
+            ball = plan_of.public.ball(direction, count, plan_of.shift)
             inside = private[private @ direction >= ball.threshold]
-            if cell.method == "public only" or not len(inside):
+            if cell.method == "public only":
+                out.append(public_condition(plan_of.public.center(direction, count)))
+            elif cell.method == "noisy mean of all" or not len(inside):
                 out.append(public_condition(ball.center))
             else:
                 out.append(Condition(inside.mean(0).astype(np.float32), 0.0, True, False))

@@ -25,7 +25,8 @@ def tiny_clip(seed: int = 0, dimension: int = 12) -> Any:
         projection_dim=dimension,
         text_config={
             **common, "vocab_size": len(tokenizer), "max_position_embeddings": 20,
-            "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={**common, "image_size": 16, "patch_size": 8},
     )  # fmt: skip

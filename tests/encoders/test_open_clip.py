@@ -176,3 +176,19 @@ def test_weights_that_have_no_place_are_refused_and_masks_are_not(made, extra) -
     save_file({**held, extra: torch.ones(WIDTH)}, folder / "open_clip_model.safetensors")
     with pytest.raises(InputError, match=f"such as {extra}"):
         open_text_image_encoder(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ("vision_cfg", {"image_size": [16, 16]}),
+        ("vision_cfg", {"head_width": 0}),
+        ("vision_cfg", {"layers": [3, 4]}),
+        ("text_cfg", {"heads": 3}),
+    ],
+)
+def test_a_setting_no_such_transformer_can_have_is_refused_in_one_line(made, part, setting) -> None:
+    folder, _ = made
+    described(folder, lambda model: model[part].update(setting))
+    with pytest.raises(InputError, match=r"describes no vision transformer[^\n]*no budget was spent[^\n]*$"):
+        open_text_image_encoder(str(folder))

@@ -16,7 +16,7 @@ from sfumato.retrieval.build import add, build_index, default_delta, delete, rea
 from sfumato.retrieval.collection import Collection
 from sfumato.retrieval.options import AddOptions, CodebookOptions, DeleteOptions, IndexOptions
 from tests.retrieval.conftest import pictures
-from tests.retrieval.frame import SIDE, clustered
+from tests.retrieval.frame import SIDE, clustered, unit
 
 
 def test_an_index_is_closed_to_others_and_the_same_command_is_done(made, tmp_path) -> None:
@@ -33,15 +33,52 @@ def test_an_index_is_closed_to_others_and_the_same_command_is_done(made, tmp_pat
         build_index(IndexOptions(**{**vars(options), "epsilon": 6.0}))
 
 
-def test_an_undeclared_number_of_units_is_bought(made) -> None:
+def test_the_whole_is_looked_over_first_and_the_parts_cost_what_was_asked(made) -> None:
     index = made(public_size=None, epsilon=40.0)
     collection = Collection.open(index)
     assert abs(collection.plan.units - 60) < 40
-    labels = [each.label for each in collection.reservation.ledger.reservations()]
-    assert labels == ["count", "retrieve"]
+    held = collection.reservation.ledger.reservations()
+    assert [(each.label, each.status) for each in held] == [("overview", "settled"), ("retrieve", "open")]
+    assert held[0].epsilon == pytest.approx(0.05 * 40, rel=1e-3) and held[0].delta == pytest.approx(1e-7)
     collection.condition("a portrait")
     claim = collection.certificate()
-    assert len(claim["reservations"]) == 2 and claim["epsilon"] <= 40 * (1 + 1e-9)
+    assert len(claim["reservations"]) == 2 and claim["epsilon"] <= 40 * (1 + 1e-9) and claim["delta"] <= 1e-6
+
+
+def test_top_k_buys_a_count_and_nothing_else(made) -> None:
+    collection = Collection.open(made(public_size=None, epsilon=40.0, mechanism="topk"))
+    assert [each.label for each in collection.reservation.ledger.reservations()] == ["count", "retrieve"]
+    assert collection.facts.shift is None
+    declared = Collection.open(made("declared", mechanism="topk"))
+    assert [each.label for each in declared.reservation.ledger.reservations()] == ["retrieve"]
+
+
+def test_a_collection_of_another_kind_is_found_by_its_mean(encoder, tmp_path) -> None:
+    rng, far = np.random.default_rng(0), np.eye(16)[3]
+    vectors = unit(clustered(2000, 4) + 1.5 * far + 0.1 * rng.normal(size=(2000, 16)))
+    np.savez(tmp_path / "p.npz", vectors=vectors, ids=np.arange(2000).astype(str))
+    build_index(
+        IndexOptions(str(tmp_path / "p.npz"), 8.0, str(tmp_path / "index"), queries=20, public_size=2000)
+    )
+    collection = Collection.open(tmp_path / "index")
+    shift, truth = np.array(collection.facts.shift), vectors.mean(0) - collection.public.mean()
+    assert shift @ truth / (np.linalg.norm(shift) * np.linalg.norm(truth)) > 0.95
+    told = [collection.condition(f"prompt {i}") for i in range(10)]
+    error = np.mean([np.linalg.norm(each.vector - vectors.mean(0)) for each in told])
+    public = [np.linalg.norm(collection.public.mean() - vectors.mean(0))]
+    assert error < np.mean(public)
+
+
+def killed_the_second_time(honest):
+    calls = []
+
+    def planned(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # after the overview was charged
+            raise KeyboardInterrupt
+        return honest(*arguments)
+
+    return planned
 
 
 def test_an_interrupted_index_goes_on_on_the_same_reservation(made, monkeypatch, tmp_path) -> None:
@@ -52,10 +89,14 @@ def test_an_interrupted_index_goes_on_on_the_same_reservation(made, monkeypatch,
         patch.setattr("sfumato.privacy.protected_vectors.ProtectedVectors.add", killed)
         with pytest.raises(KeyboardInterrupt):
             made()
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_planned", killed_the_second_time(build._planned))
+        with pytest.raises(KeyboardInterrupt):
+            made()
     with pytest.raises(InputError, match=r"is no index.*run that command again"):
         Collection.open(tmp_path / "index")
     index = made()
-    assert len(Ledger.open(index / "internal" / "ledger.db").reservations()) == 1
+    assert len(Ledger.open(index / "internal" / "ledger.db").reservations()) == 2
     assert not Collection.open(index).condition("a portrait").cached
 
 
@@ -224,4 +265,4 @@ def test_prompts_of_a_file_are_read_once_each_and_errors_name_the_line(tmp_path)
 def test_delta_is_well_below_one_over_n() -> None:
     assert default_delta(None) == 1e-6 and default_delta(1000) == 1e-6
     assert default_delta(10**8) < 1e-9
-    assert build.SHARE_OF_COUNT < 0.1
+    assert build.SHARE_OF_OVERVIEW < 0.1

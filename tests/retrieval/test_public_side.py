@@ -20,10 +20,19 @@ def test_neighbours_are_the_nearest_in_order() -> None:
 
 def test_a_ball_holds_as_many_public_vectors_as_asked_and_is_measured_from_their_mean() -> None:
     public = public_side()
-    ball = public.ball(clustered(1, 9)[0], 25)
-    inside = public.vectors @ ball.direction.astype(np.float32) >= np.float32(ball.threshold)
+    ball = public.ball(clustered(1, 9)[0], 25, np.zeros(DIMENSION))
+    inside = public.vectors.astype(np.float64) @ ball.direction >= ball.threshold - 1e-9
     assert inside.sum() == 25
     np.testing.assert_allclose(ball.center, public.vectors[inside].mean(0), atol=1e-6)
+
+
+def test_a_ball_moves_with_the_collection() -> None:
+    public, shift = public_side(), np.random.default_rng(4).normal(size=DIMENSION)
+    direction = clustered(1, 9)[0]
+    still, moved = public.ball(direction, 25, np.zeros(DIMENSION)), public.ball(direction, 25, shift)
+    np.testing.assert_allclose(moved.center - still.center, shift, atol=1e-9)
+    inside = (public.vectors + shift) @ moved.direction >= moved.threshold - 1e-9
+    assert inside.sum() == 25
 
 
 def test_principal_directions_are_orthonormal_and_ordered() -> None:

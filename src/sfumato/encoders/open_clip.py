@@ -55,6 +55,7 @@ def from_open_clip(folder: Path) -> tuple[Any, dict[str, Any]]:
 
     Raises InputError where it is no vision transformer with a plain text transformer, or weights are missing.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPConfig, CLIPModel
 
     described = _json(folder / CONFIG)
@@ -66,7 +67,7 @@ def from_open_clip(folder: Path) -> tuple[Any, dict[str, Any]]:
                 raise ValueError(f"{part}: {', '.join(unknown)}")
         width, heads = int(vision["width"]), int(vision["width"]) // int(vision.get("head_width", 64))
         act = "quick_gelu" if model.get("quick_gelu", False) else "gelu"
-        size = vision["image_size"]
+        size = int(vision["image_size"])
         config = CLIPConfig(
             projection_dim=int(model["embed_dim"]),
             vision_config={
@@ -81,8 +82,16 @@ def from_open_clip(folder: Path) -> tuple[Any, dict[str, Any]]:
                 "layer_norm_eps": 1e-5, "eos_token_id": 2,  # 2: the text ends at its largest token, as open_clip has it
             },
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"describes no vision transformer with a text transformer ({type(error).__name__}: {error})"
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
+        told = " ".join(str(error).split())
+        problem = f"describes no vision transformer with a text transformer ({type(error).__name__}: {told})"
         raise bad_source(str(folder / CONFIG), problem, "give a ViT of open_clip") from None
     try:
         held = load_file(folder / WEIGHTS)

@@ -154,7 +154,8 @@ def _opened(folder: Path, name: str) -> TextImageEncoder:
         raise bad_source(
             str(folder), f"has a tokenizer that cannot be loaded ({_first_line(error)})", "copy it again"
         ) from None
-    named = [described, *files, *(folder / file for file in _TOKENIZER if (folder / file).is_file())]
+    also = ("config.json", *_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json")
+    named = [described, *files, *(folder / file for file in also if (folder / file).is_file())]
     weights = fingerprint([part for path in named for part in (path.name, _digest(path))])
     network = network.float().eval().to(device())
     return TextImageEncoder(name, network, tokenizer, _preprocessing(described, settings), weights)

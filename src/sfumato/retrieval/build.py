@@ -21,28 +21,33 @@ from sfumato.privacy.accounting import calibrate
 from sfumato.privacy.answers import Answers
 from sfumato.privacy.budget import Budget, delta_warning
 from sfumato.privacy.codebook_sums import CodebookPlan, codebook_sums
-from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.ledger import Ledger, Reservation
 from sfumato.privacy.protected_vectors import ProtectedVectors
 from sfumato.privacy.run_account import check_left, open_account
 from sfumato.privacy.vectors_file import add_file, count_file, is_vectors_file
 from sfumato.report.certificate import certificate, software
 from sfumato.retrieval.codebook import FILE, Codes
 from sfumato.retrieval.collection import INDEX, PRIVATE, PUBLIC, Collection, IndexFacts
+from sfumato.retrieval.conditions import told_by
 from sfumato.retrieval.options import DEFAULT_DELTA, AddOptions, CodebookOptions, DeleteOptions, IndexOptions
 from sfumato.retrieval.plan import RADIUS_QUANTILE, RetrievalPlan, make_plan, told
 from sfumato.retrieval.prompts import checked_prompt
 from sfumato.retrieval.public_side import PublicSide, embedded_public
 
-SHARE_OF_COUNT = 0.02  # of ε, for a noisy count where the number of units is not declared
+SHARE_OF_OVERVIEW = 0.05  # of ε, and twice as much of δ, for the collection's noisy mean and number
+SHARE_OF_COUNT = (
+    0.02  # of ε, for a noisy count of units where only their number is needed and it is not declared
+)
 SCANNED = 1_000_000  # units beyond which records are kept in lists around public centroids
-MOST_PROMPTS = 2000
-"""Prompts that are planned with, at most."""
+MOST_PROMPTS = 2000  # that are planned with
+ENCODED = "encoded"  # empty file: all vectors are in place
 
 
 def build_index(options: IndexOptions) -> list[str]:
     """Make an index, or go on with one; returns what to say. See `IndexOptions`.
 
-    Guarantee: making it releases nothing but, where the number of units is not declared, a noisy count.
+    Guarantee: making it releases the collection's noisy mean and number of units (top-k: the number, unless it is
+    declared), as a reservation of its own; the plan follows from them.
     """
     options.check()
     out = Path(options.out)
@@ -91,7 +96,7 @@ def _fill(
     answers: Answers,
     internal: InternalWriter,
 ) -> tuple[IndexFacts, RetrievalPlan]:
-    """Count, plan, reserve, encode."""
+    """Encode, look over the whole, plan, reserve."""
     where = Path(options.out) / PRIVATE
     size = encoder.size if options.size is None else (options.size, options.size)
     held: ProtectedImages | None = None
@@ -102,29 +107,73 @@ def _fill(
         )  # fmt: skip
         if options.public is not None:
             same_content(held, PublicImages(options.public, size=size, channels=3))
-    units, left, counted = options.public_size, budget, None
-    if units is None:
-        share = SHARE_OF_COUNT * budget.epsilon
+    if not (answers.folder / ENCODED).exists():
+        shutil.rmtree(where, ignore_errors=True)  # of an interrupted call: nothing was asked yet
+        private = ProtectedVectors.create(where, encoder.dimension)
         if held is not None:
-            bought, spent = answers.count(held, share)
+            private.add_images(held, encoder.images, "encoding")
         else:
-            bought, spent = count_file(options.private, options.unit, ledger, answers, share)
-        units, left = bought, Budget(budget.epsilon - spent, budget.delta)
-        counted = answers.reservations[-1].id
-    plan = _planned(options, left, float(units), public)
-    reservation = answers.reserve(ledger, "retrieve", plan.events, budget.delta)
-    shutil.rmtree(where, ignore_errors=True)  # of an interrupted call: nothing was asked yet
-    private = ProtectedVectors.create(where, encoder.dimension)
-    if held is not None:
-        private.add_images(held, encoder.images, "encoding")
-    else:
-        add_file(private, options.private, options.unit)
+            add_file(private, options.private, options.unit)
+        write_whole(answers.folder / ENCODED, b"")
+    private = ProtectedVectors(where, encoder.dimension)
+    units, left, first, shift = float(options.public_size or 0), budget, None, None
+    if options.mechanism != "topk":
+        counted, shift, first = _overview(budget, private, public, ledger, answers, options.public_size)
+        units = units or counted
+        left = Budget(budget.epsilon - first.epsilon, budget.delta - first.delta)
+    elif not units:
+        units, first = _count(SHARE_OF_COUNT * budget.epsilon, options, held, ledger, answers)
+        left = Budget(budget.epsilon - first.epsilon, budget.delta)
+    plan = _planned(options, left, units, public)
+    reservation = answers.reserve(ledger, "retrieve", plan.events, left.delta)
     facts = IndexFacts(
         options.encoder, encoder.identity, encoder.dimension, size, options.unit, budget.epsilon, budget.delta,
         str(Path(options.ledger).resolve()) if options.ledger and "://" not in options.ledger else options.ledger or "",
-        reservation.id, counted, plan.to_json(), math.ceil(4 * math.sqrt(units)) if units > SCANNED else 0,
+        reservation.id, None if first is None else first.id, None if shift is None else shift.tolist(), plan.to_json(),
+        math.ceil(4 * math.sqrt(units)) if units > SCANNED else 0,
     )  # fmt: skip
     return facts, plan
+
+
+def _overview(
+    budget: Budget,
+    private: ProtectedVectors,
+    public: PublicSide,
+    ledger: Ledger,
+    answers: Answers,
+    public_size: int | None,
+) -> tuple[float, np.ndarray, Reservation]:
+    """(noisy number of units, where the collection's mean lies beside the public one, what it cost).
+
+    A private collection is usually another kind of picture than the public ones, and less like any text. Its mean costs
+    next to nothing and says by how much: balls and centres are moved by it.
+    """
+    mean = public.mean()
+    lengths = np.linalg.norm(public.vectors - mean, axis=1)
+    part = Budget(SHARE_OF_OVERVIEW * budget.epsilon, 2 * SHARE_OF_OVERVIEW * budget.delta)
+    radius = float(np.quantile(lengths, 0.9))
+    noise = calibrate(lambda z: [CodebookPlan(mean[None], z, radius).planned()[0].event], part)
+    plan = CodebookPlan(mean[None], noise, radius)
+    reservation = answers.reserve(ledger, "overview", plan.planned(), part.delta)
+    sums = codebook_sums(private, plan, reservation)[0]
+    reservation.settle()
+    units = float(max(round(sums[-1]), 1))
+    expected = float(public_size or units)
+    told_of = told_by(
+        np.append(sums[:-1], expected), mean, None, plan.residual_noise, 1e-9 * plan.count_noise, expected, cached=False
+    )  # fmt: skip
+    return units, told_of.vector - mean, reservation
+
+
+def _count(
+    epsilon: float, options: IndexOptions, held: ProtectedImages | None, ledger: Ledger, answers: Answers
+) -> tuple[float, Reservation]:
+    """A noisy number of units and what it cost."""
+    if held is not None:
+        bought, _ = answers.count(held, epsilon)
+    else:
+        bought, _ = count_file(options.private, options.unit, ledger, answers, epsilon)
+    return float(bought), answers.reservations[-1]
 
 
 def default_delta(public_size: int | None) -> float:
@@ -181,8 +230,8 @@ def release_codebook(options: CodebookOptions) -> list[str]:
     sums = codebook_sums(collection.private, plan, reservation)
     reservation.settle()
     mine = [reservation]
-    if facts.count_reservation is not None:  # the number of codes follows from it
-        mine += [r for r in reservation.ledger.reservations() if r.id == facts.count_reservation]
+    if facts.overview is not None:  # the number of codes follows from it
+        mine += [r for r in reservation.ledger.reservations() if r.id == facts.overview]
     allowed = Budget(budget.epsilon + sum(r.epsilon for r in mine[1:]), budget.delta)
     claim = certificate(
         mine, unit=facts.unit, public_size=round(units), budget=allowed, software=software("transformers"),

@@ -57,7 +57,8 @@ class IndexFacts:
     delta: float
     ledger: str
     reservation: str
-    count_reservation: str | None
+    overview: str | None
+    shift: list[float] | None
     plan: dict[str, Any]
     centroids: int = 0
     format: str = FORMAT
@@ -161,18 +162,18 @@ class Collection:
                 )
                 return nearest_condition(answer, self.public.center(direction, count), self.plan, cached)
             assert isinstance(query, BallPlan)
-            ball = self.public.ball(direction, count)
+            ball = self.public.ball(direction, count, self.shift)
             answer, cached = ball_sum(self.private, ball, query, self.reservation, key, self._lists)
             return ball_condition(answer, ball.center, self.plan, cached)
         except LedgerError:
             if self._left() > 0:
                 raise
         if fallback:
-            return public_condition(self.public.center(direction, count))
+            return public_condition(self.public.center(direction, count) + self.shift)
         raise BudgetError(
             f"all {query.queries:,} questions of this index were asked; the prompt was not answered and "
             "nothing was spent. "
-            "Prompts asked before are still answered; --fallback draws from public images alone"
+            "Prompts asked before are still answered; --fallback draws without asking"
         )
 
     def status(self) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Collection:
 
     def certificate(self) -> dict[str, Any]:
         """privacy.json of what was answered: the whole index's price, however little was asked so far."""
-        mine = {self.facts.reservation, self.facts.count_reservation}
+        mine = {self.facts.reservation, self.facts.overview}
         ledger = self.reservation.ledger
         found = [each for each in ledger.reservations() if each.id in mine]
         return certificate(
@@ -200,6 +201,11 @@ class Collection:
             budget=Budget(self.facts.epsilon, self.facts.delta),
             software=software("transformers"), ledger_head=ledger.head,
         )  # fmt: skip
+
+    @property
+    def shift(self) -> np.ndarray:
+        """Where the collection's noisy mean lies beside the public one, float64 [D]; zero where it was not asked."""
+        return np.zeros(self.facts.dimension) if self.facts.shift is None else np.array(self.facts.shift)
 
     def _left(self) -> int:
         query = self.plan.query

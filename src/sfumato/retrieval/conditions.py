@@ -20,9 +20,8 @@ LEAST_OF_EXPECTED = 0.1  # no divisor is smaller: a few units must not be blown 
 
 @dataclass(frozen=True)
 class Condition:
-    """vector: float32 [D], what the generator is told. noise: standard deviation per coordinate that is left in it; 0
-    for a public one. private: whether anything private is in it. cached: it was there already and nothing was
-    charged."""
+    """vector: float32 [D], what the generator is told. noise: standard deviation per coordinate that is left in it.
+    private: whether an answer to this very question is in it. cached: nothing was charged for it now."""
 
     vector: np.ndarray
     noise: float
@@ -31,7 +30,7 @@ class Condition:
 
 
 def public_condition(center: np.ndarray) -> Condition:
-    """What can be told without asking anybody: the mean of the public neighbours."""
+    """What can be told without asking: the public neighbours' mean, moved by what the index knows of the whole."""
     return Condition(center.astype(np.float32), 0.0, False, True)
 
 

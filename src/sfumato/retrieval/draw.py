@@ -80,7 +80,9 @@ def _drawn(generator: Any, condition: Condition, options: AskOptions | BatchOpti
 
 def _how(condition: Condition) -> str:
     if not condition.private:
-        return "nothing private was near enough to be told from noise, or the budget is spent: drawn from public images"
+        return (
+            "too little lies near to be told from noise, or the budget is spent: drawn from public neighbours"
+        )
     return "asked before, free" if condition.cached else "charged once"
 
 

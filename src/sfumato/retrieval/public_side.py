@@ -64,13 +64,17 @@ class PublicSide:
         """Mean of the `count` nearest public vectors, float64 [D]."""
         return self.vectors[self.neighbours(direction, count)].astype(np.float64).mean(0)
 
-    def ball(self, direction: np.ndarray, count: int) -> Ball:
-        """The ball that holds the `count` nearest public vectors, measured from their mean."""
+    def mean(self) -> np.ndarray:
+        """Mean of all public vectors, float64 [D]."""
+        return self.vectors.astype(np.float64).mean(0)
+
+    def ball(self, direction: np.ndarray, count: int, shift: np.ndarray) -> Ball:
+        """The ball that would hold the `count` nearest public vectors, and is measured from their mean, if all of them
+        were moved by `shift`, float64 [D]: what is known of where the private vectors lie beside the public ones."""
         near = self.neighbours(direction, count)
-        threshold = float(self.vectors[near[-1]] @ np.asarray(direction, np.float32))
-        return Ball(
-            np.asarray(direction, np.float64), threshold, self.vectors[near].astype(np.float64).mean(0)
-        )
+        direction = np.asarray(direction, np.float64)
+        threshold = float(self.vectors[near[-1]].astype(np.float64) @ direction + shift @ direction)
+        return Ball(direction, threshold, self.vectors[near].astype(np.float64).mean(0) + shift)
 
     def basis(self, count: int) -> np.ndarray | None:
         """The first principal directions, float64 [D, k]; None where all are meant."""
