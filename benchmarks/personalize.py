@@ -1,7 +1,7 @@
 """Private styles as tokens: every method and baseline at every budget, against no token and the non-private mean.
 
     python benchmarks/data/portraits.py public held-out
-    python benchmarks/personalize.py --tier cpu --out DIR      # resumable; about an hour on two cores
+    python benchmarks/personalize.py --tier cpu --out DIR      # resumable; two to three hours on two cores
     python benchmarks/personalize.py --tier full --out DIR     # more pictures and draws; for an accelerator
 
 Private: portraits in styles that the embedded model, its bank and every setting never saw. For each style and n, one

@@ -185,7 +185,9 @@ def test_a_codebook_is_released_once_and_asked_for_ever(made, tmp_path) -> None:
         "codebook.safetensors", "privacy.json", "README.md",
     }  # fmt: skip
     claim = json.loads((release / "privacy.json").read_text())
-    assert claim["epsilon"] <= 2.0 * (1 + 1e-9)
+    assert (
+        2.0 < claim["epsilon"] <= 2.25 * (1 + 1e-9)
+    )  # the overview, which the number of codes follows from, too
     with pytest.raises(BudgetError, match="codebook would cost"):
         release_codebook(CodebookOptions(str(index), 5.0, str(tmp_path / "more"), codes=8))
 
