@@ -7,7 +7,8 @@ unit has used says which prompts it was near to. Nothing here is ever shown.
 and the two must agree whenever a query starts. A query first leaves word that it will begin (`intent`), then begins in
 the ledger, then writes what it used together with its answer in one transaction; only then the answer leaves. After a
 crash in between, the query counts as asked and nothing of it was seen. A file that is missing, damaged or older than
-the ledger is refused: budgets never start again at zero.
+the ledger is refused: budgets never start again at zero. One copy cannot be told: one that was made of this file in the
+moment between a query's two transactions, and put back right after that query.
 """
 
 from __future__ import annotations
