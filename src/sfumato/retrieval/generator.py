@@ -138,7 +138,9 @@ class RetrievalGenerator:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, network in (("unet", self.unet), ("vae", self.vae)):
-            copy.deepcopy(network).half().save_pretrained(folder / name)
+            half = copy.deepcopy(network).half()
+            half.register_to_config(_name_or_path="")  # where it was once loaded from is nobody's business
+            half.save_pretrained(folder / name)
         self.scheduler.save_pretrained(folder / "scheduler")
         weights = {name: value.half().cpu() for name, value in self.told.state_dict().items()}
         save_file(weights, folder / "condition.safetensors", metadata={"format": "pt"})
