@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from sfumato.cli.parsing import parse, say
+from sfumato.cli.parsing import act, parse, say
 from sfumato.errors import InputError, LedgerError
 
 HELP = """usage: sfumato ledger ACTION [options]
@@ -90,15 +89,7 @@ class CloseOptions:
 def run(arguments: Sequence[str]) -> int:
     """Run one action and return its exit status."""
     actions = {"create": _create, "show": _show, "verify": _verify, "close": _close}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        say(HELP.rstrip())
-        return 0 if arguments else 2
-    action = arguments[0]
-    if action not in actions:
-        near = get_close_matches(action, actions, n=1)
-        hint = f" Did you mean `sfumato ledger {near[0]}`?" if near else " See `sfumato ledger --help`."
-        raise InputError(f"unknown action {action!r}; it is one of {', '.join(actions)}.{hint}")
-    return actions[action](arguments[1:])
+    return act("sfumato ledger", HELP, actions, arguments)
 
 
 def _create(arguments: Sequence[str]) -> int:

@@ -9,7 +9,8 @@ import inspect
 import io
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
@@ -118,6 +119,25 @@ def _plain(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
+
+
+def act(
+    prog: str, help_: str, actions: dict[str, Callable[[Sequence[str]], int]], arguments: Sequence[str]
+) -> int:
+    """Run the action that the first argument names and return its exit status; without one, or for -h, print the help.
+
+    Raises:
+        InputError: there is no such action.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        say(help_.rstrip())
+        return 0 if arguments else 2
+    action = arguments[0]
+    if action not in actions:
+        near = get_close_matches(action, actions, n=1)
+        hint = f" Did you mean `{prog} {near[0]}`?" if near else f" See `{prog} --help`."
+        raise InputError(f"unknown action {action!r}; it is one of {', '.join(actions)}.{hint}")
+    return actions[action](arguments[1:])
 
 
 def say(line: str = "") -> None:

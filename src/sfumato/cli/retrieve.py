@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
-from sfumato.cli.parsing import parse, say
-from sfumato.errors import InputError
+from sfumato.cli.parsing import act, parse, say
 from sfumato.retrieval import options as o
 
 HELP = """usage: sfumato retrieve ACTION [options]
@@ -39,15 +37,9 @@ def run(arguments: Sequence[str]) -> int:
         "index": _index, "ask": _ask, "batch": _batch, "codebook": _codebook, "serve": _serve, "status": _status,
         "add": _add, "delete": _delete,
     }  # fmt: skip
-    if not arguments or arguments[0] in ("-h", "--help"):
-        say(HELP.rstrip())
-        return 0 if arguments else 2
-    action = arguments[0]
-    if action not in actions:
-        near = get_close_matches(action, actions, n=1)
-        hint = f" Did you mean `sfumato retrieve {near[0]}`?" if near else " See `sfumato retrieve --help`."
-        raise InputError(f"unknown action {action!r}; it is one of {', '.join(actions)}.{hint}")
-    return actions[action](["--num-images" if part == "-n" else part for part in arguments[1:]])
+    return act(
+        "sfumato retrieve", HELP, actions, ["--num-images" if part == "-n" else part for part in arguments]
+    )
 
 
 def _index(arguments: Sequence[str]) -> int:
