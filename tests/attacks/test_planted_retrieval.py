@@ -20,13 +20,14 @@ import pytest
 from scipy.stats import beta, chi2
 
 from sfumato.errors import LedgerError
-from sfumato.privacy import private_query, vector_search
+from sfumato.privacy import private_query, vector_moments, vector_search
 from sfumato.privacy.accounting import epsilon_of
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger, Reservation
 from sfumato.privacy.private_query import BALL_QUERY, FINE, Ball, BallPlan, NearestPlan
 from sfumato.privacy.protected_vectors import ProtectedVectors
 from sfumato.privacy.query_state import USED_UNIT, QueryState
+from sfumato.privacy.vector_moments import MomentsPlan
 
 ALARM, DELTA, RUNS, D = 1e-7, 1e-5, 300, 3
 X, Y, Z = np.eye(D)
@@ -41,7 +42,7 @@ class Allowing:
     """A reservation that allows everything: for attacks on what comes out."""
 
     def __init__(self, plan: Any) -> None:
-        self.planned, self.calls = tuple(plan.planned()), []
+        self.id, self.planned, self.calls = "allowing", tuple(plan.planned()), []
 
     def begin(self, mechanism: str, event: Any, units: int = 1) -> None:
         self.calls.append(mechanism)
@@ -169,6 +170,43 @@ def weak_noise(total: np.ndarray, scale: float) -> np.ndarray:
 def test_noise_left_out_or_a_mean_of_twelve_accounted_as_a_sum(tmp_path, kind, bug, monkeypatch):
     monkeypatch.setattr(private_query, "discrete_gaussian", bug)
     assert not private_enough(tmp_path, *ATTACKED[kind])
+
+
+# --- the same attack on the moments of the whole collection
+
+
+def moments_private_enough(folder: Path) -> bool:
+    """A canary of three vectors, ten radii from the center; all of its part lies in the first numbers."""
+    plan, drawn = MomentsPlan(-X, 3.0, 0.2, np.eye(D)), []
+    for vectors, units in (([-X] * 3, [0, 1, 2]), ([-X] * 3 + [X] * 3, [0, 1, 2, 3, 3, 3])):
+        private = collection(folder, vectors, units)
+        private._state, heard = Forgetful(private), []
+        for _ in range(RUNS):
+            found = vector_moments.vector_moments(private, plan, Allowing(plan))  # type: ignore[arg-type]
+            heard.append(
+                found.residuals[0] / plan.mean_noise
+                + found.count / plan.count_noise / 2
+                + found.squares[0, 0] / plan.square_noise
+            )
+        drawn.append(np.array(heard))
+    return epsilon_at_least(*drawn) <= epsilon_of([part.total for part in plan.planned()], DELTA)
+
+
+def test_the_attack_on_moments_does_not_beat_the_claim(tmp_path):
+    assert moments_private_enough(tmp_path)
+
+
+def no_length(steps: np.ndarray) -> np.ndarray:
+    """Nothing is too long: neither a residual nor a part."""
+    return np.zeros(len(steps))
+
+
+@pytest.mark.parametrize(
+    "name, bug", [("discrete_gaussian", no_noise), ("discrete_gaussian", weak_noise), ("_squares", no_length)]
+)
+def test_moments_without_noise_or_clipping(tmp_path, monkeypatch, name, bug):
+    monkeypatch.setattr(vector_moments, name, bug)
+    assert not moments_private_enough(tmp_path)
 
 
 # --- noise: as large as stated, also where nothing is near

@@ -426,7 +426,7 @@ def test_deleting_a_unit_is_never_having_had_it_and_its_budget_outlives_it(tmp_p
 # --- sampling
 
 
-def test_lazy_coins_give_what_tossing_for_everybody_gives(tmp_path):
+def test_rows_are_those_of_a_poisson_sample_of_units(tmp_path):
     """The rows of top-k of a Poisson sample, for owners of several vectors, against all 2^units samples."""
     q, k, units = 0.4, 2, np.array([0, 1, 0, 2, 1, 3, 4, 0])
     vectors = unit_vectors(8, 5)
@@ -445,19 +445,27 @@ def test_lazy_coins_give_what_tossing_for_everybody_gives(tmp_path):
     assert statistic < chi2.isf(ALARM, len(chances) - 1)
 
 
-def test_far_down_the_ranking_each_unit_tosses_once(tmp_path, monkeypatch):
-    """A rate so low that the first look down the ranking is not enough; coins that fell stay as they fell."""
+def test_each_unit_tosses_once_and_only_heads_are_found(tmp_path, monkeypatch):
+    """Owners of many vectors, some deleted: a look at the first ranks is not enough."""
     tossed: list[int] = []
 
     class Coins:
         def bernoulli(self, p: float, n: int) -> np.ndarray:
             tossed.append(n)
-            return np.full(n, False)
+            return np.arange(n) % 3 == 0
 
     monkeypatch.setattr(private_query, "SecureStream", Coins)
-    private = collection(tmp_path, unit_vectors(300), [i % 150 for i in range(300)])
-    assert len(private_query._heads(private, X, NearestPlan(1, 1.0, 1, 0.5), None)) == 0
-    assert sum(tossed) == 150 and len(tossed) > 2
+    vectors, owner = unit_vectors(300), np.arange(300) % 30
+    private = collection(tmp_path, vectors, owner)
+    private.delete([str(i) for i in range(300) if i % 30 == 3])
+    found = private_query._heads(private, X, NearestPlan(20, 1.0, 1, 0.5), None)
+    assert tossed == [30]
+    best = {
+        unit: max(np.flatnonzero(owner == unit), key=lambda row: vectors[row] @ X) for unit in range(0, 30, 3)
+    }
+    assert found.tolist() == sorted(
+        (best[unit] for unit in best if unit != 3), key=lambda row: -float(vectors[row] @ X)
+    )
 
 
 # --- charging

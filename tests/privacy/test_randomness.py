@@ -91,25 +91,18 @@ def test_integers_reject_the_uneven_end(monkeypatch):
     assert SecureStream().integers(3, 2).tolist() == [2, 1]  # 2^64 - 1 = 3 * k is above the last full block
 
 
-@settings(max_examples=50)
-@given(st.floats(0, 1))
-def test_the_true_rate_is_never_above_the_accounted_one(p):
-    # A coin falls on true for exactly `threshold` of the 2^64 words.
-    seen = {}
-
-    class Words(np.ndarray):
-        def __lt__(self, other):
-            seen["threshold"] = int(other)
-            return np.zeros(len(self), dtype=bool)
-
+@settings(max_examples=200)
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 2**64 - 1))
+def test_the_true_rate_is_never_above_the_accounted_one(p, word):
+    """A coin falls on true for exactly floor(p 2^64) of the 2^64 words that its 16 and 48 bits make."""
+    numerator, denominator = p.as_integer_ratio()
+    threshold = (numerator << 64) // denominator
+    words = [w for w in (word, 0, threshold - 1, threshold, threshold + 1, 2**64 - 1) if 0 <= w < 2**64]
+    close = [(w % 2**48) << 16 for w in words if w >> 48 == threshold >> 48]
     stream = SecureStream()
-    stream.uniform64 = lambda n: np.zeros(n, dtype=np.uint64).view(Words)  # type: ignore[method-assign]
-    coins = stream.bernoulli(p, 3)
-    if p == 1:
-        assert coins.all()
-    else:
-        numerator, denominator = p.as_integer_ratio()
-        assert seen["threshold"] * denominator <= numerator << 64 < (seen["threshold"] + 1) * denominator
+    stream._bytes = lambda n: np.array([w >> 48 for w in words], np.uint16).tobytes()  # type: ignore[method-assign]
+    stream.uniform64 = lambda n: np.array(close, np.uint64)[:n]  # type: ignore[method-assign]
+    assert stream.bernoulli(p, len(words)).tolist() == [w < threshold for w in words]
 
 
 def test_bernoulli_rate_and_edges():

@@ -135,6 +135,22 @@ def test_there_are_more_also_where_the_rest_is_far_away(tmp_path):
     ] * 2
 
 
+@pytest.mark.parametrize("lists", [False, True])
+def test_only_those_that_may_be_found_are(tmp_path, lists):
+    query = unit_vectors(1, 3)[0].astype(np.float64)
+    vectors, using = unit_vectors(60), Lists(unit_vectors(5, 9), 99) if lists else None
+    private = collection(tmp_path, vectors, (20, 40))
+    private.delete(["4", "31"])
+    among = np.random.default_rng(0).random(60) < 0.4
+    among[[4, 5]] = True
+    left = [row for row in np.flatnonzero(among).tolist() if row not in (4, 31)]
+    for count in (1, 7, len(left), 99):
+        rows, everything = ranked(private, query, count, using, among)
+        assert rows.tolist() == by_brute_force(vectors, query, left)[:count]
+        assert everything == (count >= len(left))
+    assert ranked(private, query, 3, using, np.zeros(60, bool))[0].tolist() == []
+
+
 # --- one record more
 
 

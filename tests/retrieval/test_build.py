@@ -11,12 +11,13 @@ import pytest
 from sfumato.errors import BudgetError, InputError
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
+from sfumato.privacy.vector_moments import Moments, MomentsPlan
 from sfumato.retrieval import build
 from sfumato.retrieval.build import add, build_index, default_delta, delete, read_prompts, release_codebook
 from sfumato.retrieval.collection import Collection
 from sfumato.retrieval.options import AddOptions, CodebookOptions, DeleteOptions, IndexOptions
 from tests.retrieval.conftest import pictures
-from tests.retrieval.frame import SIDE, clustered, unit
+from tests.retrieval.frame import DIMENSION, SIDE, clustered, public_side, unit
 
 
 def test_an_index_is_closed_to_others_and_the_same_command_is_done(made, tmp_path) -> None:
@@ -39,7 +40,7 @@ def test_the_whole_is_looked_over_first_and_the_parts_cost_what_was_asked(made) 
     assert abs(collection.plan.units - 60) < 40
     held = collection.reservation.ledger.reservations()
     assert [(each.label, each.status) for each in held] == [("overview", "settled"), ("retrieve", "open")]
-    assert held[0].epsilon == pytest.approx(0.05 * 40, rel=1e-3) and held[0].delta == pytest.approx(1e-7)
+    assert held[0].epsilon == pytest.approx(0.2 * 40, rel=1e-3) and held[0].delta == pytest.approx(2e-7)
     collection.condition("a portrait")
     claim = collection.certificate()
     assert len(claim["reservations"]) == 2 and claim["epsilon"] <= 40 * (1 + 1e-9) and claim["delta"] <= 1e-6
@@ -48,25 +49,46 @@ def test_the_whole_is_looked_over_first_and_the_parts_cost_what_was_asked(made) 
 def test_top_k_buys_a_count_and_nothing_else(made) -> None:
     collection = Collection.open(made(public_size=None, epsilon=40.0, mechanism="topk"))
     assert [each.label for each in collection.reservation.ledger.reservations()] == ["count", "retrieve"]
-    assert collection.facts.shift is None
+    assert np.abs(collection.public.vectors - public_side().vectors).max() < 1e-3
     declared = Collection.open(made("declared", mechanism="topk"))
     assert [each.label for each in declared.reservation.ledger.reservations()] == ["retrieve"]
 
 
-def test_a_collection_of_another_kind_is_found_by_its_mean(encoder, tmp_path) -> None:
+def test_a_collection_of_another_kind_is_found_by_its_mean_and_spread(encoder, tmp_path) -> None:
     rng, far = np.random.default_rng(0), np.eye(16)[3]
-    vectors = unit(clustered(2000, 4) + 1.5 * far + 0.1 * rng.normal(size=(2000, 16)))
-    np.savez(tmp_path / "p.npz", vectors=vectors, ids=np.arange(2000).astype(str))
+    vectors = unit(0.2 * clustered(20_000, 4) + 1.5 * far + 0.02 * rng.normal(size=(20_000, 16)))
+    np.savez(tmp_path / "p.npz", vectors=vectors, ids=np.arange(20_000).astype(str))
     build_index(
-        IndexOptions(str(tmp_path / "p.npz"), 8.0, str(tmp_path / "index"), queries=20, public_size=2000)
+        IndexOptions(str(tmp_path / "p.npz"), 8.0, str(tmp_path / "index"), queries=20, public_size=20_000)
     )
     collection = Collection.open(tmp_path / "index")
-    shift, truth = np.array(collection.facts.shift), vectors.mean(0) - collection.public.mean()
-    assert shift @ truth / (np.linalg.norm(shift) * np.linalg.norm(truth)) > 0.95
-    told = [collection.condition(f"prompt {i}") for i in range(10)]
-    error = np.mean([np.linalg.norm(each.vector - vectors.mean(0)) for each in told])
-    public = [np.linalg.norm(collection.public.mean() - vectors.mean(0))]
-    assert error < np.mean(public)
+    before = public_side().vectors
+    for moved, own, true in (
+        (collection.public.mean(), before.mean(0), vectors.mean(0)),
+        (np.cov(collection.public.vectors.T), np.cov(before.T), np.cov(vectors.T)),
+    ):
+        assert np.linalg.norm(moved - true) < 0.3 * np.linalg.norm(own - true)
+    inside = []
+    for text in (f"prompt {i}" for i in range(10)):
+        direction = collection.encoder.texts([text])[0].astype(np.float64)
+        ball = collection.public.ball(direction, collection.plan.public_count(collection.public))
+        inside.append((vectors @ direction >= ball.threshold).sum())
+        assert np.linalg.norm(collection.condition(text).vector - vectors.mean(0)) < 0.5
+    assert 0.3 < np.median(inside) / collection.plan.expected < 3
+
+
+def test_where_noise_drowns_the_whole_nothing_is_moved() -> None:
+    public = public_side()
+    plan = MomentsPlan(public.mean(), 1e3, 1.0, public.directions[:, :4].astype(np.float64))
+    rng = np.random.default_rng(0)
+    found = Moments(
+        50 + plan.count_noise * rng.normal(),
+        plan.mean_noise * rng.normal(size=DIMENSION),
+        plan.square_noise * np.eye(4),
+    )
+    moved = build.moved_by(found, plan, public, 50)
+    assert np.linalg.norm(moved.mean() - public.mean()) < 0.2  # James and Stein keep a little of the noise
+    assert np.isfinite(moved.vectors).all()
 
 
 def killed_the_second_time(honest):
@@ -186,7 +208,7 @@ def test_a_codebook_is_released_once_and_asked_for_ever(made, tmp_path) -> None:
     }  # fmt: skip
     claim = json.loads((release / "privacy.json").read_text())
     assert (
-        2.0 < claim["epsilon"] <= 2.25 * (1 + 1e-9)
+        2.0 < claim["epsilon"] <= 3 * (1 + 1e-9)
     )  # the overview, which the number of codes follows from, too
     with pytest.raises(BudgetError, match="codebook would cost"):
         release_codebook(CodebookOptions(str(index), 5.0, str(tmp_path / "more"), codes=8))
@@ -267,4 +289,4 @@ def test_prompts_of_a_file_are_read_once_each_and_errors_name_the_line(tmp_path)
 def test_delta_is_well_below_one_over_n() -> None:
     assert default_delta(None) == 1e-6 and default_delta(1000) == 1e-6
     assert default_delta(10**8) < 1e-9
-    assert build.SHARE_OF_OVERVIEW < 0.1
+    assert build.SHARE_OF_OVERVIEW <= 0.2

@@ -58,7 +58,7 @@ def test_what_was_spent_is_what_the_index_promised(made) -> None:
         and claim["public_size"] == 60
     )
     names = [event["mechanism"] for part in claim["reservations"] for event in part["events"]]
-    assert names == ["codebook", "ball_budgets", "ball_query"]
+    assert names == ["vector_moments", "ball_budgets", "ball_query"]
 
 
 @pytest.mark.parametrize("prompt", ["", "  ", "a\x07b", "x" * 3_000_000])

@@ -20,19 +20,46 @@ def test_neighbours_are_the_nearest_in_order() -> None:
 
 def test_a_ball_holds_as_many_public_vectors_as_asked_and_is_measured_from_their_mean() -> None:
     public = public_side()
-    ball = public.ball(clustered(1, 9)[0], 25, np.zeros(DIMENSION))
+    ball = public.ball(clustered(1, 9)[0], 25)
     inside = public.vectors.astype(np.float64) @ ball.direction >= ball.threshold - 1e-9
     assert inside.sum() == 25
     np.testing.assert_allclose(ball.center, public.vectors[inside].mean(0), atol=1e-6)
 
 
-def test_a_ball_moves_with_the_collection() -> None:
-    public, shift = public_side(), np.random.default_rng(4).normal(size=DIMENSION)
-    direction = clustered(1, 9)[0]
-    still, moved = public.ball(direction, 25, np.zeros(DIMENSION)), public.ball(direction, 25, shift)
-    np.testing.assert_allclose(moved.center - still.center, shift, atol=1e-9)
-    inside = (public.vectors + shift) @ moved.direction >= moved.threshold - 1e-9
-    assert inside.sum() == 25
+def gaussian(count: int, seed: int, mean: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return mean + rng.normal(size=(count, DIMENSION)) * spread
+
+
+def test_public_vectors_are_moved_to_another_mean_and_covariance() -> None:
+    public = PublicSide.of(
+        gaussian(4000, 0, 9 * np.eye(DIMENSION)[0], np.linspace(1, 0.1, 16)), clustered(60, 3), "a"
+    )
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(DIMENSION, DIMENSION)))[0]
+    wanted = turn * np.linspace(4e-3, 1e-4, DIMENSION) @ turn.T
+    mean = 0.98 * np.eye(DIMENSION)[2]
+    along = public.directions.T.astype(np.float64) @ wanted @ public.directions
+    moved = public.moved(mean, along)
+    np.testing.assert_allclose(np.linalg.norm(moved.vectors, axis=1), 1, atol=1e-5)
+    assert np.linalg.norm(moved.mean() - mean) < 0.03
+    found, across = np.cov(moved.vectors.T), np.eye(DIMENSION) - np.outer(mean, mean) / (mean @ mean)
+    flat = across @ wanted @ across  # the length being 1, nothing is left along the mean
+    assert np.linalg.norm(across @ found @ across - flat) < 0.08 * np.linalg.norm(flat)
+
+
+def test_moving_to_where_they_are_changes_nothing() -> None:
+    public = public_side()
+    still = public.moved(public.mean(), public.covariance(DIMENSION))
+    np.testing.assert_allclose(still.vectors, public.vectors, atol=1e-4)
+    assert still.encoder == public.encoder and still.prompts is not public.directions
+
+
+def test_directions_that_were_not_measured_narrow_with_the_others() -> None:
+    public = public_side()
+    moved = public.moved(public.mean(), 0.25 * public.covariance(3))
+    rest = np.eye(DIMENSION) - public.directions[:, :3] @ public.directions[:, :3].T
+    before, after = (np.var(each.vectors @ rest, axis=0).sum() for each in (public, moved))
+    assert 0.2 < after / before < 0.9
 
 
 def test_principal_directions_are_orthonormal_and_ordered() -> None:

@@ -177,8 +177,8 @@ def nearest_mean(
 ) -> tuple[np.ndarray, bool]:
     """(1/k) (sum of the k nearest + noise), float64 [D], and whether it was kept from before (arXiv 2403.14421, eq. 3).
 
-    A unit of several vectors stands with the nearest of them. The divisor is k also where fewer were found. Sampling is
-    lazy: coins are tossed down the ranking until k show heads, which is what tossing them for everybody gives.
+    A unit of several vectors stands with the nearest of them. The divisor is k also where fewer were found. Coins are
+    tossed first, one for each unit, and only units that show heads are looked at.
 
     Guarantee: `plan.event` for each new key, for adding or removing one unit: it adds one vector of norm at most 1 and
     pushes out at most one, so the sum moves by at most 2.
@@ -255,18 +255,17 @@ def _heads(
     private: ProtectedVectors, direction: np.ndarray, plan: NearestPlan, lists: Lists | None
 ) -> np.ndarray:
     """Rows of the k nearest units of a Poisson sample, each by its nearest vector."""
-    stream, q, k = SecureStream(), plan.sampling_probability, plan.neighbours
-    ask = math.ceil((k + 6 * math.sqrt(k)) / q) + 1
-    tossed: dict[int, bool] = {}
+    among, k = None, plan.neighbours
+    if plan.sampling_probability < 1:
+        units = int(private._unit_of.max(initial=-1)) + 1
+        heads = SecureStream().bernoulli(plan.sampling_probability, units)
+        among = np.append(heads, False)[private._unit_of]  # -1 where there is no record any more
+    ask = k
     while True:
-        rows, everything = ranked(private, direction, ask, lists)
+        rows, everything = ranked(private, direction, ask, lists, among)
         _, first = np.unique(private._unit_of[rows], return_index=True)
-        rows = rows[np.sort(first)]
-        fresh = [unit for unit in private._unit_of[rows].tolist() if unit not in tossed]
-        tossed.update(zip(fresh, stream.bernoulli(q, len(fresh)).tolist(), strict=True))
-        heads = rows[[tossed[unit] for unit in private._unit_of[rows].tolist()]] if len(rows) else rows
-        if everything or len(heads) >= k:
-            return heads[:k]
+        if everything or len(first) >= k:
+            return rows[np.sort(first)][:k]
         ask *= 4
 
 

@@ -177,11 +177,17 @@ class ProtectedVectors:
 
     def _vectors(self, rows: np.ndarray) -> np.ndarray:
         """Whole steps of 2^-22 as float64 [M, D] of these rows."""
+        return on_grid(self._rows(rows))
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
+        """Float32 [M, D] of these rows, as they were given."""
+        if len(self._segments) == 1:
+            return self._segments[0][1][rows]
         found = np.empty((len(rows), self.dimension), np.float32)
         for first, held in self._segments:
             here = (rows >= first) & (rows < first + len(held))
             found[here] = held[rows[here] - first]
-        return on_grid(found)
+        return found
 
 
 def _batch_size(encode: Encode, shape: tuple[int, ...]) -> int:

@@ -56,7 +56,14 @@ class SecureStream:
         threshold = (numerator << 64) // denominator
         if threshold == 1 << 64:
             return np.ones(n, dtype=bool)
-        return self.uniform64(n) < np.uint64(threshold)
+        high, low = divmod(
+            threshold, 1 << 48
+        )  # the first 16 bits decide nearly always; the other 48 where they do not
+        first = np.frombuffer(self._bytes(2 * n), dtype=np.uint16)
+        heads = first < high
+        close = np.flatnonzero(first == high)
+        heads[close] = self.uniform64(len(close)) >> np.uint64(16) < np.uint64(low)
+        return heads
 
     def integers(self, below: int, n: int) -> np.ndarray:
         """`n` independent integers, int64 [n], exactly uniform on 0 .. below - 1 (by rejection)."""

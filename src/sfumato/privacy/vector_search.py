@@ -71,12 +71,19 @@ def within(
 
 
 def ranked(
-    vectors: ProtectedVectors, query: np.ndarray, count: int, lists: Lists | None = None
+    vectors: ProtectedVectors,
+    query: np.ndarray,
+    count: int,
+    lists: Lists | None = None,
+    among: np.ndarray | None = None,
 ) -> tuple[np.ndarray, bool]:
-    """(the `count` nearest rows in descending order of inner product, whether there are no more), at most `count`."""
+    """(the `count` nearest rows in descending order of inner product, whether there are no more), at most `count`.
+
+    among: bool, for each row whether it may be found; None for all.
+    """
     steps = on_grid(query)
     kept_rows, kept_scores, seen = np.empty(0, np.int64), np.empty(0, np.float32), 0
-    for rows, scores in _scored(vectors, steps[None], lists):
+    for rows, scores in _scored(vectors, steps[None], lists, among):
         seen += len(rows)
         kept_rows = np.concatenate([kept_rows, rows])
         kept_scores = np.concatenate([kept_scores, scores[:, 0]])
@@ -103,16 +110,16 @@ def _above(
 
 
 def _scored(
-    vectors: ProtectedVectors, queries: np.ndarray, lists: Lists | None
+    vectors: ProtectedVectors, queries: np.ndarray, lists: Lists | None, among: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows, float32 scores [B, Q]) of all living records, block by block."""
     told = torch.from_numpy((queries / GRID).astype(np.float32)).T.contiguous()
-    if lists is not None:
-        near = lists.rows(vectors, queries[0])
+    if lists is not None or among is not None:
+        near = np.flatnonzero(vectors._alive) if lists is None else lists.rows(vectors, queries[0])
+        near = near if among is None else near[among[near]]
         for start in range(0, len(near), BLOCK):
             rows = near[start : start + BLOCK]
-            held = (vectors._vectors(rows) / GRID).astype(np.float32)
-            yield rows, (torch.from_numpy(held) @ told).numpy()
+            yield rows, (torch.from_numpy(vectors._rows(rows)) @ told).numpy()
         return
     for first, block in vectors._blocks(BLOCK):
         scores = (_tensor(block) @ told).numpy()

@@ -24,17 +24,21 @@ from sfumato.privacy.codebook_sums import CodebookPlan, codebook_sums
 from sfumato.privacy.ledger import Ledger, Reservation
 from sfumato.privacy.protected_vectors import ProtectedVectors
 from sfumato.privacy.run_account import check_left, open_account
+from sfumato.privacy.vector_moments import Moments, MomentsPlan, vector_moments
 from sfumato.privacy.vectors_file import add_file, count_file, is_vectors_file
 from sfumato.report.certificate import certificate, software
 from sfumato.retrieval.codebook import FILE, Codes
 from sfumato.retrieval.collection import INDEX, PRIVATE, PUBLIC, Collection, IndexFacts
-from sfumato.retrieval.conditions import told_by
 from sfumato.retrieval.options import DEFAULT_DELTA, AddOptions, CodebookOptions, DeleteOptions, IndexOptions
 from sfumato.retrieval.plan import RADIUS_QUANTILE, RetrievalPlan, make_plan, told
 from sfumato.retrieval.prompts import checked_prompt
 from sfumato.retrieval.public_side import PublicSide, embedded_public
 
-SHARE_OF_OVERVIEW = 0.05  # of ε, and twice as much of δ, for the collection's noisy mean and number
+SHARE_OF_OVERVIEW = 0.2  # of ε and δ, for the collection's noisy number, mean and covariance
+ASSUMED_UNITS = (
+    1000  # where their number is not declared: decides along how many directions the covariance is asked
+)
+LEAST_DIRECTIONS, LEAST_SPREAD = 4, 0.01
 SHARE_OF_COUNT = (
     0.02  # of ε, for a noisy count of units where only their number is needed and it is not declared
 )
@@ -46,8 +50,8 @@ ENCODED = "encoded"  # empty file: all vectors are in place
 def build_index(options: IndexOptions) -> list[str]:
     """Make an index, or go on with one; returns what to say. See `IndexOptions`.
 
-    Guarantee: making it releases the collection's noisy mean and number of units (top-k: the number, unless it is
-    declared), as a reservation of its own; the plan follows from them.
+    Guarantee: making it releases the collection's noisy number of units, mean and covariance (top-k: the number, unless
+    it is declared), as a reservation of its own; the plan, and public vectors moved accordingly, follow from them.
     """
     options.check()
     out = Path(options.out)
@@ -72,7 +76,7 @@ def build_index(options: IndexOptions) -> list[str]:
     if not (answers.folder / "run.json").exists():
         check_left(ledger, budget, options.ledger or str(out / "internal" / "ledger.db"))
     try:
-        facts, plan = _fill(options, budget, ledger, encoder, public, answers, internal)
+        facts, plan, public = _fill(options, budget, ledger, encoder, public, answers, internal)
     except BudgetError:
         if not answers.reservations:
             (answers.folder / "run.json").unlink(missing_ok=True)
@@ -95,7 +99,7 @@ def _fill(
     public: PublicSide,
     answers: Answers,
     internal: InternalWriter,
-) -> tuple[IndexFacts, RetrievalPlan]:
+) -> tuple[IndexFacts, RetrievalPlan, PublicSide]:
     """Encode, look over the whole, plan, reserve."""
     where = Path(options.out) / PRIVATE
     size = encoder.size if options.size is None else (options.size, options.size)
@@ -116,9 +120,9 @@ def _fill(
             add_file(private, options.private, options.unit)
         write_whole(answers.folder / ENCODED, b"")
     private = ProtectedVectors(where, encoder.dimension)
-    units, left, first, shift = float(options.public_size or 0), budget, None, None
+    units, left, first = float(options.public_size or 0), budget, None
     if options.mechanism != "topk":
-        counted, shift, first = _overview(budget, private, public, ledger, answers, options.public_size)
+        counted, public, first = _overview(budget, private, public, ledger, answers, options.public_size)
         units = units or counted
         left = Budget(budget.epsilon - first.epsilon, budget.delta - first.delta)
     elif not units:
@@ -129,10 +133,10 @@ def _fill(
     facts = IndexFacts(
         options.encoder, encoder.identity, encoder.dimension, size, options.unit, budget.epsilon, budget.delta,
         str(Path(options.ledger).resolve()) if options.ledger and "://" not in options.ledger else options.ledger or "",
-        reservation.id, None if first is None else first.id, None if shift is None else shift.tolist(), plan.to_json(),
+        reservation.id, None if first is None else first.id, plan.to_json(),
         math.ceil(4 * math.sqrt(units)) if units > SCANNED else 0,
     )  # fmt: skip
-    return facts, plan
+    return facts, plan, public
 
 
 def _overview(
@@ -142,27 +146,57 @@ def _overview(
     ledger: Ledger,
     answers: Answers,
     public_size: int | None,
-) -> tuple[float, np.ndarray, Reservation]:
-    """(noisy number of units, where the collection's mean lies beside the public one, what it cost).
+) -> tuple[float, PublicSide, Reservation]:
+    """(noisy number of units, the public vectors moved to where the private ones lie, what it cost).
 
-    A private collection is usually another kind of picture than the public ones, and less like any text. Its mean costs
-    next to nothing and says by how much: balls and centres are moved by it.
+    A private collection is usually another kind of picture than the public ones, less varied, and less like any text.
+    Its mean and covariance cost little and say by how much: balls, centres and the plan are taken from public vectors
+    that were moved accordingly, as far as both stand out of their noise.
     """
-    mean = public.mean()
-    lengths = np.linalg.norm(public.vectors - mean, axis=1)
-    part = Budget(SHARE_OF_OVERVIEW * budget.epsilon, 2 * SHARE_OF_OVERVIEW * budget.delta)
-    radius = float(np.quantile(lengths, 0.9))
-    noise = calibrate(lambda z: [CodebookPlan(mean[None], z, radius).planned()[0].event], part)
-    plan = CodebookPlan(mean[None], noise, radius)
+    mean, k = public.mean(), public.directions.shape[1]
+    part = Budget(SHARE_OF_OVERVIEW * budget.epsilon, SHARE_OF_OVERVIEW * budget.delta)
+    radius = 1.1 * float(np.quantile(np.linalg.norm(public.vectors - mean, axis=1), 0.9))
+    noise = calibrate(lambda z: [MomentsPlan(mean, z, radius, public.directions).planned()[0].event], part)
+    assumed = public_size or ASSUMED_UNITS
+    while k > LEAST_DIRECTIONS:
+        plan = MomentsPlan(mean, noise, radius, public.directions[:, :k].astype(np.float64))
+        if k * plan.square_noise / math.sqrt(2) / assumed < np.linalg.norm(public.covariance(k)) / 3:
+            break
+        k //= 2
+    plan = MomentsPlan(mean, noise, radius, public.directions[:, :k].astype(np.float64))
     reservation = answers.reserve(ledger, "overview", plan.planned(), part.delta)
-    sums = codebook_sums(private, plan, reservation)[0]
+    found = vector_moments(private, plan, reservation)
     reservation.settle()
-    units = float(max(round(sums[-1]), 1))
-    expected = float(public_size or units)
-    told_of = told_by(
-        np.append(sums[:-1], expected), mean, None, plan.residual_noise, 1e-9 * plan.count_noise, expected, cached=False
-    )  # fmt: skip
-    return units, told_of.vector - mean, reservation
+    return max(float(round(found.count)), 1.0), moved_by(found, plan, public, public_size), reservation
+
+
+def moved_by(found: Moments, plan: MomentsPlan, public: PublicSide, public_size: int | None) -> PublicSide:
+    """Public vectors with the mean and covariance that were found, as far as they stand out of their noise.
+
+    The mean is shrunk towards the public one, the covariance towards a multiple of the public one (James and Stein
+    1961). Post-processing: free.
+    """
+    k = plan.basis.shape[1]
+    units = float(public_size or max(found.count, 2 * plan.count_noise))
+    own, noise = public.covariance(k), plan.square_noise / units
+    shift = _shrunk(found.residuals / units, plan.mean_noise / units, longest=plan.radius)
+    along = shift @ plan.basis
+    covariance = found.squares / units - np.outer(along, along)
+    spread = np.trace(own)
+    trust = spread**2 / (spread**2 + k * noise**2)
+    scale = trust * np.clip(np.trace(covariance) / spread, LEAST_SPREAD, 1 / LEAST_SPREAD) + 1 - trust
+    change = _shrunk(covariance - scale * own, noise, k * (k + 1) // 2, plan.radius**2)
+    values, axes = np.linalg.eigh(scale * own + change)
+    values = np.maximum(values, LEAST_SPREAD * scale * spread / k)
+    return public.moved(public.mean() + shift, (axes * values) @ axes.T)
+
+
+def _shrunk(found: np.ndarray, noise: float, size: int | None = None, longest: float = 1.0) -> np.ndarray:
+    """What was found, no longer than it can be, less what its noise adds to its length."""
+    length = float(np.linalg.norm(found))
+    found = found * min(1.0, longest / length) if length else found
+    left = 1 - ((size or found.size) - 2) * noise**2 / max(min(length, longest) ** 2, 1e-300)
+    return found * max(0.0, left)
 
 
 def _count(

@@ -58,7 +58,6 @@ class IndexFacts:
     ledger: str
     reservation: str
     overview: str | None
-    shift: list[float] | None
     plan: dict[str, Any]
     centroids: int = 0
     format: str = FORMAT
@@ -162,14 +161,14 @@ class Collection:
                 )
                 return nearest_condition(answer, self.public.center(direction, count), self.plan, cached)
             assert isinstance(query, BallPlan)
-            ball = self.public.ball(direction, count, self.shift)
+            ball = self.public.ball(direction, count)
             answer, cached = ball_sum(self.private, ball, query, self.reservation, key, self._lists)
             return ball_condition(answer, ball.center, self.plan, cached)
         except LedgerError:
             if self._left() > 0:
                 raise
         if fallback:
-            return public_condition(self.public.center(direction, count) + self.shift)
+            return public_condition(self.public.center(direction, count))
         raise BudgetError(
             f"all {query.queries:,} questions of this index were asked; the prompt was not answered and "
             "nothing was spent. "
@@ -201,11 +200,6 @@ class Collection:
             budget=Budget(self.facts.epsilon, self.facts.delta),
             software=software("transformers"), ledger_head=ledger.head,
         )  # fmt: skip
-
-    @property
-    def shift(self) -> np.ndarray:
-        """Where the collection's noisy mean lies beside the public one, float64 [D]; zero where it was not asked."""
-        return np.zeros(self.facts.dimension) if self.facts.shift is None else np.array(self.facts.shift)
 
     def _left(self) -> int:
         query = self.plan.query

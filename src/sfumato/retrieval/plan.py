@@ -20,9 +20,9 @@ from sfumato.privacy.private_query import BallPlan, NearestPlan
 from sfumato.retrieval.public_side import PublicSide
 
 Mechanism = Literal["ball-filter", "ball", "topk"]
-SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25)
-"""Neighbourhoods tried, as shares of the collection: the first whose noise is small enough is taken."""
-ENOUGH = 0.35  # noise over what an answer usually tells, below which a narrower neighbourhood is worth more
+SHARES = (0.04, 0.08, 0.15, 0.25)
+"""Neighbourhoods tried, as shares of the collection: narrow ones are drowned by noise, or empty where private vectors
+lie a little elsewhere; wide ones forget the prompt."""
 RADIUS_QUANTILE = 0.75
 VARIANCE = 0.95
 
@@ -33,7 +33,7 @@ class RetrievalPlan:
 
     share: of the public vectors, and presumably of the private ones, that a neighbourhood holds. units: the public
     number of private units. interpolation: λ of top-k (the paper's). noise: expected standard deviation, per direction,
-    of a condition. noise_ratio: length of the noise over the length of what an answer usually tells.
+    of a condition. signal: length of what an answer usually tells. noise_ratio: length of the noise over that.
     """
 
     mechanism: Mechanism
@@ -43,6 +43,7 @@ class RetrievalPlan:
     interpolation: float
     noise: float
     noise_ratio: float
+    signal: float
 
     @property
     def expected(self) -> float:
@@ -56,7 +57,7 @@ class RetrievalPlan:
 
     def public_count(self, public: PublicSide) -> int:
         """Public vectors in a neighbourhood."""
-        return max(8, round(self.share * len(public.vectors)))
+        return public.count(self.share)
 
     def lines(self) -> list[str]:
         """The plan in words, a line each."""
@@ -119,25 +120,39 @@ def make_plan(
     """
     if mechanism == "topk":
         return _topk(budget, queries, units, public, neighbours, rate or 1.0, interpolation)
-    shares = SHARES if share is None else (share,)
-    plans = []
-    for tried in shares:
-        if share is None and tried * units < 4 and tried != shares[-1]:
-            continue
-        plans.append(_ball(mechanism, budget, queries, units, public, tried))
-        if plans[-1].noise_ratio <= ENOUGH:
-            break
-    return min(plans, key=lambda plan: max(plan.noise_ratio, ENOUGH))
+    times = 1 if mechanism == "ball-filter" else queries
+    noise = calibrate(lambda z: [_times(_gaussian(z), times)], budget)
+    if share is not None:
+        return _ball(mechanism, noise, queries, units, public, share)
+    tried = [each for each in SHARES if each * units >= 4] or SHARES[-1:]
+    plans = [_ball(mechanism, noise, queries, units, public, each) for each in tried]
+    return min(plans, key=lambda plan: _error(plan, public))
+
+
+def _error(plan: RetrievalPlan, public: PublicSide) -> float:
+    """Expected squared distance of an answer from the mean of the narrowest neighbourhood: what is lost to a wider one,
+    and what of the answer's own message is lost to noise (and to shrinking it by that)."""
+    near, wide = (
+        np.stack([public.center(z, public.count(share)) for z in _some(public)])
+        for share in (SHARES[0], plan.share)
+    )
+    ratio = plan.noise_ratio**2
+    return float(np.square(wide - near).sum(1).mean()) + plan.signal**2 * ratio / (1 + ratio)
+
+
+def _some(public: PublicSide) -> np.ndarray:
+    """64 of the prompts that are planned with."""
+    return public.prompts[np.random.default_rng(0).permutation(len(public.prompts))[:64]]
 
 
 def told(public: PublicSide, share: float, basis: np.ndarray | None) -> tuple[float, np.ndarray]:
     """(how long a neighbourhood's own mean residual usually is, lengths of single residuals), among public vectors:
     what is told about a group of vectors that differ from the public neighbours as clusters of public ones do from each
     other."""
-    count = max(8, round(share * len(public.vectors)))
+    count = public.count(share)
     rng = np.random.default_rng(0)
     lengths, means = [], []
-    for direction in public.prompts[rng.permutation(len(public.prompts))[:64]]:
+    for direction in _some(public):
         near = public.neighbours(direction, count)
         center = public.vectors[near].astype(np.float64).mean(0)
         residual = public.vectors[near] - center
@@ -151,7 +166,7 @@ def told(public: PublicSide, share: float, basis: np.ndarray | None) -> tuple[fl
 
 def loads(public: PublicSide, share: float, queries: int) -> np.ndarray:
     """How many of `queries` questions each public vector is near to, float64 [P]."""
-    count = max(8, round(share * len(public.vectors)))
+    count = public.count(share)
     scores = public.prompts @ public.vectors.T
     cuts = -np.partition(-scores, count - 1, axis=1)[:, count - 1]
     return (scores >= cuts[:, None]).mean(0) * queries
@@ -166,8 +181,9 @@ def best_cap(load: np.ndarray, queries: int) -> int:
 
 
 def _ball(
-    mechanism: Mechanism, budget: Budget, queries: int, units: float, public: PublicSide, share: float
+    mechanism: Mechanism, noise: float, queries: int, units: float, public: PublicSide, share: float
 ) -> RetrievalPlan:
+    """noise: multiplier of one query, or with budgets of their own of all together."""
     if not 0 < share <= 1:
         raise InputError(f"--share {share} must lie above 0 and not above 1; no budget was spent. Try 0.02")
     directions = public.directions_for(VARIANCE)
@@ -177,12 +193,9 @@ def _ball(
     cap = None
     if mechanism == "ball-filter":
         cap = best_cap(loads(public, share, queries), queries)
-        noise = calibrate(lambda z: [_gaussian(z)], budget)
         noise = noise * math.sqrt(cap) * (1 + 1e-12)
-    else:
-        noise = calibrate(lambda z: [_times(_gaussian(z), queries)], budget)
     query = BallPlan(noise, radius, queries, basis, per_unit_cap=cap)
-    plan = RetrievalPlan(mechanism, query, share, units, 1.0, 0.0, 0.0)
+    plan = RetrievalPlan(mechanism, query, share, units, 1.0, 0.0, 0.0, signal)
     each = query.residual_noise / plan.expected
     size = public.dimension if basis is None else directions
     return replace(plan, noise=each, noise_ratio=each * math.sqrt(size) / signal)
@@ -211,20 +224,18 @@ def _topk(
 
     def plan_of(k: int) -> RetrievalPlan:
         share = min(1.0, k / rate / units)
-        signal, _ = told(public, share, None)
+        signal = float(
+            np.median(told(public, share, None)[1])
+        )  # nothing is known of the whole: anything may be told
         query = NearestPlan(k, noise, queries, rate)
         ratio = query.noise * math.sqrt(public.dimension) / signal
         mixed = 1 / (1 + ratio**2) if interpolation is None else interpolation
-        return RetrievalPlan("topk", query, share, units, mixed, mixed * query.noise, ratio)
+        return RetrievalPlan("topk", query, share, units, mixed, mixed * query.noise, ratio, signal)
 
     if neighbours is not None:
         return plan_of(neighbours)
-    plans = []
-    for share in SHARES:
-        plans.append(plan_of(max(1, round(share * units * rate))))
-        if plans[-1].noise_ratio <= ENOUGH:
-            break
-    return plans[-1]
+    plans = [plan_of(max(1, round(share * units * rate))) for share in SHARES]
+    return min(plans, key=lambda plan: _error(plan, public))
 
 
 def _gaussian(noise: float) -> Any:

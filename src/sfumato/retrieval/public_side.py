@@ -7,6 +7,7 @@ neighbour of some rank, the centre is the mean of the public neighbours up to it
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +65,48 @@ class PublicSide:
         """Mean of the `count` nearest public vectors, float64 [D]."""
         return self.vectors[self.neighbours(direction, count)].astype(np.float64).mean(0)
 
+    def count(self, share: float) -> int:
+        """Vectors in a neighbourhood that holds this share of them; 8 at least."""
+        return max(8, round(share * len(self.vectors)))
+
     def mean(self) -> np.ndarray:
         """Mean of all public vectors, float64 [D]."""
         return self.vectors.astype(np.float64).mean(0)
 
-    def ball(self, direction: np.ndarray, count: int, shift: np.ndarray) -> Ball:
-        """The ball that would hold the `count` nearest public vectors, and is measured from their mean, if all of them
-        were moved by `shift`, float64 [D]: what is known of where the private vectors lie beside the public ones."""
+    def ball(self, direction: np.ndarray, count: int) -> Ball:
+        """The ball that holds the `count` nearest public vectors, measured from their mean."""
         near = self.neighbours(direction, count)
         direction = np.asarray(direction, np.float64)
-        threshold = float(self.vectors[near[-1]].astype(np.float64) @ direction + shift @ direction)
-        return Ball(direction, threshold, self.vectors[near].astype(np.float64).mean(0) + shift)
+        threshold = float(self.vectors[near[-1]].astype(np.float64) @ direction)
+        return Ball(direction, threshold, self.vectors[near].astype(np.float64).mean(0))
+
+    def moved(self, mean: np.ndarray, covariance: np.ndarray) -> PublicSide:
+        """The same public vectors, moved so that their mean and covariance are others, then to length 1 again.
+
+        mean: float64 [D]. covariance: float64 [k, k], along the first k directions, which must be positive; the other
+        directions are taken to be as much narrower, or wider. Moved by the affine map that moves a Gaussian the least
+        (Olkin and Pukelsheim 1982), so what is near to what stays as much as it can. Post-processing of both: free.
+        """
+        basis, own = (
+            self.directions[:, : len(covariance)].astype(np.float64),
+            self.covariance(len(covariance)),
+        )
+        root, back = _power(own, 0.5), _power(own, -0.5)
+        change = back @ _power(root @ covariance @ root, 0.5) @ back
+        centred = self.vectors.astype(np.float64) - self.mean()
+        along = centred @ basis
+        across = (centred - along @ basis.T) * math.sqrt(np.trace(covariance) / np.trace(own))
+        return PublicSide.of(
+            (mean + along @ change @ basis.T + across).astype(np.float32), self.prompts, self.encoder
+        )
+
+    def covariance(self, count: int) -> np.ndarray:
+        """Of the public vectors along the first directions, float64 [k, k]; positive."""
+        along = (self.vectors.astype(np.float64) - self.mean()) @ self.directions[:, :count].astype(
+            np.float64
+        )
+        own = along.T @ along / len(along)
+        return own + 1e-6 * np.trace(own) / count * np.eye(count)
 
     def basis(self, count: int) -> np.ndarray | None:
         """The first principal directions, float64 [D, k]; None where all are meant."""
@@ -121,6 +153,12 @@ class PublicSide:
             raise InputError(
                 f"{path} is damaged or holds no public vectors; no budget was spent. Put back the file of this index"
             ) from None
+
+
+def _power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    """A power of a symmetric, positive matrix."""
+    values, axes = np.linalg.eigh(matrix)
+    return (axes * values**exponent) @ axes.T
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
