@@ -27,6 +27,7 @@ from sfumato.privacy.ledger import Ledger, Reservation
 from sfumato.privacy.query_state import USED_UNIT, QueryState
 
 QUERY, EVENT = "ball_query", NoOpDpEvent()
+SIX = PlannedEvent(QUERY, "", EVENT, 6)
 ALL = np.arange(3)
 ONE = np.full(3, USED_UNIT)
 
@@ -46,7 +47,7 @@ def state(path: Path) -> QueryState:
 @pytest.fixture
 def reservation(tmp_path: Path) -> Reservation:
     ledger = Ledger.open(tmp_path / "ledger.db", total=Budget(1, 1e-5))
-    return ledger.reserve("retrieve", [PlannedEvent(QUERY, "", EVENT, 6)], delta=1e-5)
+    return ledger.reserve("retrieve", [SIX], delta=1e-5)
 
 
 def edit(file: Path, *statements: str) -> None:
@@ -68,11 +69,10 @@ def silent(active: np.ndarray) -> np.ndarray:
 
 
 def ask(
-    state: QueryState, reservation: Any, key: str = "q", cap: int = 2, answer: Any = silent
+    state: QueryState, reservation: Any, key: str = "q", cap: int = 2, answer: Any = silent, query: Any = SIX
 ) -> np.ndarray:
     """One query in which each unit takes part in full."""
-    state.begin(reservation, QUERY, EVENT)
-    return state.use(ALL, ONE, cap * USED_UNIT, key, answer)
+    return state.use(reservation, query, ALL, ONE, cap * USED_UNIT, key, answer)
 
 
 # --- the file
@@ -142,7 +142,7 @@ def test_harm_to_a_state_that_is_open_is_refused_too(path, state, reservation, h
     before = reservation.begun(QUERY)
     with pytest.raises(LedgerError):
         ask(state, reservation, "other")
-    assert reservation.begun(QUERY) in (before, before + 1)
+    assert reservation.begun(QUERY) == before
     with pytest.raises(LedgerError):
         QueryState(path)
 
@@ -207,10 +207,10 @@ def test_a_unit_takes_part_exactly_until_its_cap(path, state, reservation):
     cap = 2 * USED_UNIT
     taken = []
     for costs in ([USED_UNIT, 1, 0], [USED_UNIT, cap - 1, 0], [1, 1, cap], [0, 0, 1]):
-        state.begin(reservation, QUERY, EVENT)
         state.use(
-            ALL, np.array(costs), cap, "k", lambda active: (taken.append(active.tolist()), np.ones(1))[1]
-        )
+            reservation, SIX, ALL, np.array(costs), cap, "k",
+            lambda active: (taken.append(active.tolist()), np.ones(1))[1],
+        )  # fmt: skip
     assert taken == [[True] * 3, [True] * 3, [False, False, True], [True, True, False]]
     assert used(path) == {"u": cap, "v": cap, "w": cap}
 
@@ -227,7 +227,7 @@ def test_nobody_ever_uses_more_than_the_cap_and_sums_add_up(tmp_path_factory, ca
     state.add(0, list("abcdef"), list("uvwxyz"))
 
     class Counting:
-        begun_so_far = 0
+        begun_so_far, status = 0, "open"
 
         def begin(self, mechanism: str, event: Any) -> None:
             self.begun_so_far += 1
@@ -239,10 +239,10 @@ def test_nobody_ever_uses_more_than_the_cap_and_sums_add_up(tmp_path_factory, ca
     mine = dict.fromkeys(range(6), 0)
     for costs in asked:
         units = np.array(sorted(costs), np.int64)
-        state.begin(reservation, QUERY, EVENT)
         active: list[bool] = []
         state.use(
-            units, np.array([costs[u] for u in units.tolist()], np.int64), cap, "k",
+            reservation, PlannedEvent(QUERY, "", EVENT, 99), units,
+            np.array([costs[u] for u in units.tolist()], np.int64), cap, "k",
             lambda a, into=active: (into.extend(a.tolist()), np.ones(1))[1],
         )  # fmt: skip
         assert active == [mine[u] + costs[u] <= cap for u in units.tolist()]
@@ -256,49 +256,55 @@ def test_nobody_ever_uses_more_than_the_cap_and_sums_add_up(tmp_path_factory, ca
 # --- in step with the ledger
 
 
-def test_a_query_that_the_ledger_refuses_uses_nothing_and_the_next_goes_on(path, state, reservation):
-    ask(state, reservation)
+def test_no_query_begins_beyond_what_was_reserved(path, state, reservation):
+    for number in range(6):
+        ask(state, reservation, str(number), cap=100)
+    before = used(path)
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="6 of 6"):
+            ask(state, reservation, "more", cap=100)
+    assert reservation.begun(QUERY) == 6 and used(path) == before and state.answer("more") is None
 
+
+def test_a_settled_reservation_answers_nothing(path, state, reservation):
+    ask(state, reservation)
+    reservation.settle()
+    with pytest.raises(LedgerError, match="settled"):
+        ask(state, reservation, "more")
+    assert set(used(path).values()) == {USED_UNIT} and state.answer("more") is None
+
+
+def test_what_fails_before_the_answer_was_never_asked(path, state, reservation):
+    def crash(_: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ask(state, reservation, answer=crash)
+        assert state.answer("q") is None and set(used(path).values()) == {0}
+        assert reservation.begun(QUERY) == 0
+        state = QueryState(path)
+    assert ask(state, reservation) == [3.0] and reservation.begun(QUERY) == 1
+    assert set(used(path).values()) == {USED_UNIT}
+
+
+def test_an_answer_that_the_ledger_did_not_count_does_not_leave_and_is_counted_next(path, state, reservation):
     class Refusing:
+        status = "open"
+
         def begun(self, mechanism: str) -> int:
             return reservation.begun(mechanism)
 
         def begin(self, mechanism: str, event: Any) -> None:
             raise LedgerError("no")
 
-    before = used(path)
-    refusing: Any = Refusing()
     with pytest.raises(LedgerError, match="no"):
-        state.begin(refusing, QUERY, EVENT)
-    assert used(path) == before and reservation.begun(QUERY) == 1
-    assert ask(QueryState(path), reservation, cap=3) == [3.0] and reservation.begun(QUERY) == 2
+        ask(state, Refusing())
+    assert set(used(path).values()) == {USED_UNIT} and reservation.begun(QUERY) == 0
+    assert ask(QueryState(path), reservation, "then", cap=3) == [3.0] and reservation.begun(QUERY) == 2
 
 
-def test_no_query_begins_beyond_what_was_reserved(state, reservation):
-    for number in range(6):
-        ask(state, reservation, str(number), cap=100)
-    for _ in range(2):
-        with pytest.raises(LedgerError, match="6 of 6"):
-            state.begin(reservation, QUERY, EVENT)
-    assert reservation.begun(QUERY) == 6
-
-
-def test_a_crash_before_the_answer_counts_as_a_query_and_keeps_nothing(path, state, reservation):
-    def crash(_: np.ndarray) -> np.ndarray:
-        raise KeyboardInterrupt
-
-    for begun in (1, 2, 3):
-        with pytest.raises(KeyboardInterrupt):
-            ask(state, reservation, answer=crash)
-        assert state.answer("q") is None and set(used(path).values()) == {0}
-        assert reservation.begun(QUERY) == begun
-        state = QueryState(path)
-    assert ask(state, reservation) == [3.0] and reservation.begun(QUERY) == 4
-    assert set(used(path).values()) == {USED_UNIT}
-    assert ask(QueryState(path), reservation) == [3.0]
-
-
-@pytest.mark.parametrize("where", ["word", "ledger", "answer", "use"])
+@pytest.mark.parametrize("where", ["answer", "written", "counted"])
 def test_killed_anywhere_the_next_query_goes_on_and_nothing_is_refunded(path, state, reservation, where):
     ask(state, reservation)
 
@@ -306,29 +312,29 @@ def test_killed_anywhere_the_next_query_goes_on_and_nothing_is_refunded(path, st
         os.kill(os.getpid(), signal.SIGKILL)
 
     class Killing:
+        status = "open"
+
         def begun(self, mechanism: str) -> int:
             return reservation.begun(mechanism)
 
         def begin(self, mechanism: str, event: Any) -> None:
-            if where == "word":
+            if where == "written":
                 kill()
             reservation.begin(mechanism, event)
-            if where == "ledger":
-                kill()
+            kill()
 
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             ask(state, Killing(), "k", answer=kill if where == "answer" else silent)
-            kill()
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     state = QueryState(path)
-    done = where == "use"
+    done = where != "answer"
     assert set(used(path).values()) == {(1 + done) * USED_UNIT} and (state.answer("k") is not None) == done
-    assert reservation.begun(QUERY) == (1 if where == "word" else 2)
+    assert reservation.begun(QUERY) == (2 if where == "counted" else 1)
     assert ask(state, reservation, "then", cap=3) == [3.0]
-    assert reservation.begun(QUERY) == (2 if where == "word" else 3)
+    assert reservation.begun(QUERY) == 2 + done and set(used(path).values()) == {(2 + done) * USED_UNIT}
 
 
 @pytest.mark.parametrize("behind", [1, 2])
@@ -340,21 +346,54 @@ def test_an_older_copy_of_the_state_is_refused(path, state, reservation, tmp_pat
     shutil.copy(tmp_path / "old.db", path)
     for opened in (QueryState(path), state, QueryState(path)):
         with pytest.raises(LedgerError, match="older copy"):
-            opened.begin(reservation, QUERY, EVENT)
+            ask(opened, reservation, "new", cap=9)
     assert reservation.begun(QUERY) == 1 + behind
+
+
+def test_a_copy_from_the_middle_of_a_query_is_refused_too(path, state, reservation, tmp_path):
+    """Whatever moment of a query a copy of the state is from: put back after the query it is refused."""
+    copies = []
+
+    def copy(name: str) -> None:
+        for suffix in ("", "-wal", "-journal", "-shm"):
+            if Path(f"{path}{suffix}").exists():
+                shutil.copy(f"{path}{suffix}", tmp_path / f"{name}{suffix}")
+        copies.append(name)
+
+    class Copying:
+        status = "open"
+
+        def begun(self, mechanism: str) -> int:
+            copy("checked.db")
+            return reservation.begun(mechanism)
+
+        def begin(self, mechanism: str, event: Any) -> None:
+            reservation.begin(mechanism, event)
+
+    ask(state, reservation, cap=9)
+    ask(state, Copying(), "k", cap=9, answer=lambda active: (copy("asked.db"), silent(active))[1])
+    assert copies == ["checked.db", "asked.db"]
+    for name in copies:
+        for suffix in ("", "-wal", "-journal", "-shm"):
+            Path(f"{path}{suffix}").unlink(missing_ok=True)
+            if (tmp_path / f"{name}{suffix}").exists():
+                shutil.copy(tmp_path / f"{name}{suffix}", f"{path}{suffix}")
+        with pytest.raises(LedgerError, match="older copy"):
+            ask(QueryState(path), reservation, "new", cap=9)
 
 
 def test_an_older_copy_of_the_ledger_and_a_new_state_are_refused(path, state, reservation, tmp_path):
     ask(state, reservation)
     shutil.copy(tmp_path / "ledger.db", tmp_path / "old.db")
-    ask(state, reservation)
+    for key in ("second", "third"):
+        ask(state, reservation, key)
     fresh = QueryState.create(tmp_path / "fresh.db")
     fresh.add(0, ["a", "b", "c"], ["u", "v", "w"])
     with pytest.raises(LedgerError, match="older copy"):
-        fresh.begin(reservation, QUERY, EVENT)
+        ask(fresh, reservation)
     shutil.copy(tmp_path / "old.db", tmp_path / "ledger.db")
     with pytest.raises(LedgerError, match="older copy"):
-        state.begin(reservation, QUERY, EVENT)
+        ask(state, reservation, "new")
 
 
 # --- one at a time
@@ -401,13 +440,14 @@ def in_children(*work: Callable[[], None]) -> None:
 
 def test_threads_and_processes_together_spend_no_more_than_the_cap(path, state, tmp_path):
     ledger = Ledger.open(tmp_path / "shared.db", total=Budget(1, 1e-5))
-    reservation = ledger.reserve("retrieve", [PlannedEvent(QUERY, "", EVENT, 24)], delta=1e-5)
+    many = PlannedEvent(QUERY, "", EVENT, 24)
+    reservation = ledger.reserve("retrieve", [many], delta=1e-5)
 
     def work() -> None:
         def few(opened: QueryState) -> None:
             for _ in range(3):
                 with opened.exclusive():
-                    ask(opened, reservation, cap=10)
+                    ask(opened, reservation, cap=10, query=many)
 
         opened = QueryState(path)
         run([threading.Thread(target=few, args=(opened,)) for _ in range(2)])

@@ -13,8 +13,9 @@ composition with individual Gaussian-DP budgets: Feldman and Zrnic, arXiv 2008.1
 arXiv 2209.15596). Top-k has no such form: one unit's absence brings another in. Who dropped out is never shown.
 
 **Exactness.** Membership, parts and charges are computed in whole numbers, each unit by itself; sums are integers and
-get OpenDP's discrete Gaussian. **Order of work**: charge, durably, then noise, then keep the answer, then return it.
-The same key is answered from what was kept, for free.
+get OpenDP's discrete Gaussian. **Order of work**: the event goes on the ledger, then noise is drawn, then the answer is
+kept, durably, together with what each unit used, then it is returned. The same key is answered from what was kept, for
+free.
 """
 
 from __future__ import annotations
@@ -241,9 +242,9 @@ def ball_sum(
             )
         if reservation.begun(BALL_BUDGETS) == 0:
             reservation.begin(BALL_BUDGETS, budgets.event)
-        private._state.begin(reservation, BALL_QUERY, query.event)
         costs = np.ceil(_squares(parts) * (USED_UNIT / FINE**2)).astype(np.int64)  # a power of two: exact
-        return private._state.use(units, costs, plan.per_unit_cap * USED_UNIT, key, noisy), False
+        cap = plan.per_unit_cap * USED_UNIT
+        return private._state.use(reservation, query, units, costs, cap, key, noisy), False
 
 
 def question_key(prompt: str, public: dict[str, Any]) -> str:

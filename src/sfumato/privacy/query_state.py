@@ -3,12 +3,10 @@
 One SQLite file beside the private vectors, written as durably as the ledger. It is private: how much of its budget a
 unit has used says which prompts it was near to. Nothing here is ever shown.
 
-**Never free.** With per-unit budgets the ledger holds the number of queries begun, this file what each of them used,
-and the two must agree whenever a query starts. A query first leaves word that it will begin (`intent`), then begins in
-the ledger, then writes what it used together with its answer in one transaction; only then the answer leaves. After a
-crash in between, the query counts as asked and nothing of it was seen. A file that is missing, damaged or older than
-the ledger is refused: budgets never start again at zero. One copy cannot be told: one that was made of this file in the
-moment between a query's two transactions, and put back right after that query.
+**Never free.** A query first writes what each unit used, that one more query was asked and the noisy answer, in one
+transaction; then the ledger counts it; only then the answer leaves. The two counts must agree whenever a query starts.
+Where this file is one ahead, a process was killed in between, and the ledger is brought up to it. A file that is
+missing, damaged or behind the ledger, be it by one query, is an older copy and refused: budgets never start again.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import contextlib
 import json
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +27,7 @@ from sfumato.errors import InputError, LedgerError
 from sfumato.privacy.ledger_store import make_engine, parse_url, transaction
 
 if TYPE_CHECKING:
-    from dp_accounting.dp_event import DpEvent
-
+    from sfumato.privacy.events import PlannedEvent
     from sfumato.privacy.ledger import Reservation
 
 FORMAT = "sfumato-index-state/1"
@@ -41,8 +38,7 @@ _tables = sql.MetaData()
 _META = sql.Table(
     "meta", _tables,
     sql.Column("id", sql.Integer, primary_key=True), sql.Column("format", sql.Text), sql.Column("index", sql.Text),
-    sql.Column("queries", sql.Integer), sql.Column("intent", sql.Integer), sql.Column("used", sql.Integer),
-    sql.Column("changes", sql.Integer),
+    sql.Column("queries", sql.Integer), sql.Column("used", sql.Integer), sql.Column("changes", sql.Integer),
 )  # fmt: skip
 _UNITS = sql.Table(
     "units", _tables,
@@ -85,7 +81,7 @@ class QueryState:
         with transaction(make_engine(parse_url(path)), str(path), write=True) as db:
             _tables.create_all(db)
             first = {"id": 1, "format": FORMAT, "index": secrets.token_hex(8)}
-            db.execute(sql.insert(_META).values(**first, queries=0, intent=0, used=0, changes=0))
+            db.execute(sql.insert(_META).values(**first, queries=0, used=0, changes=0))
         path.chmod(0o600)
         return cls(path)
 
@@ -170,30 +166,27 @@ class QueryState:
         with self._transaction(write=True) as db:
             self._keep(db, key, value)
 
-    def begin(self, reservation: Reservation, mechanism: str, event: DpEvent) -> None:
-        """Begin one more query in the ledger, in step with this file; see the module.
+    def use(
+        self,
+        reservation: Reservation,
+        query: PlannedEvent,
+        units: np.ndarray,
+        costs: np.ndarray,
+        cap: int,
+        key: str,
+        answer: Callable[[np.ndarray], np.ndarray],
+    ) -> np.ndarray:
+        """One query: let each unit use its cost where that keeps it within the cap, and count it in the ledger.
+
+        query: what the ledger counts, for free: what the units' budgets are worth must have begun there. units, costs:
+        int64 [M], each unit once. answer: bool [M] -> float64 [k], the noisy answer from the units that may still take
+        part. It is returned when all is written.
 
         Raises:
-            LedgerError: This file and the ledger do not belong together, or one of them is an older copy.
+            LedgerError: All planned queries were asked, or this file and the ledger do not belong together, or one of
+                them is an older copy.
         """
-        begun = reservation.begun(mechanism)
-        with self._transaction(write=True) as db:
-            meta = self._meta(db)
-            if meta["intent"] and begun == meta["queries"] + 1:  # a crash: asked, never answered
-                db.execute(sql.update(_META).values(queries=begun, intent=0))
-            elif begun != meta["queries"]:
-                raise self._damaged(
-                    f"it knows of {meta['queries']} queries and the ledger of {begun}: one of them is an older copy"
-                )
-            db.execute(sql.update(_META).values(intent=1))
-        reservation.begin(mechanism, event)
-
-    def use(self, units: np.ndarray, costs: np.ndarray, cap: int, key: str, answer: Any) -> np.ndarray:
-        """Let each unit use its cost where that keeps it within the cap; ends the query that `begin` began.
-
-        units, costs: int64 [M], each unit once. answer: bool [M] -> float64 [k], the noisy answer from the units that
-        may still take part. Everything is written in one transaction, then the answer is returned.
-        """
+        self._check_in_step(reservation, query)
         with self._transaction(write=True) as db:
             found = db.execute(
                 sql.text(
@@ -218,10 +211,28 @@ class QueryState:
             self._keep(db, key, value)
             db.execute(
                 sql.update(_META).values(
-                    queries=_META.c.queries + 1, intent=0, used=_META.c.used + int(costs[active].sum())
+                    queries=_META.c.queries + 1, used=_META.c.used + int(costs[active].sum())
                 )
             )
+        reservation.begin(query.mechanism, query.event)
         return value
+
+    def _check_in_step(self, reservation: Reservation, query: PlannedEvent) -> None:
+        begun = reservation.begun(query.mechanism)
+        with self._transaction() as db:
+            queries = self._meta(db)["queries"]
+        if queries == begun + 1:  # killed before the ledger counted it
+            reservation.begin(query.mechanism, query.event)
+            begun += 1
+        if begun != queries:
+            raise self._damaged(
+                f"it knows of {queries} queries and the ledger of {begun}: one of them is an older copy"
+            )
+        if reservation.status != "open" or begun >= query.count:
+            raise LedgerError(
+                f"{query.mechanism}: {begun} of {query.count} reserved queries were asked, or the reservation is "
+                "settled; nothing was released. Make a new index for more"
+            )
 
     def _keep(self, db: sql.Connection, key: str, value: np.ndarray) -> None:
         db.execute(sql.delete(_ANSWERS).where(_ANSWERS.c.key == key))
