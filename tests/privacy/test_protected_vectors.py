@@ -155,6 +155,22 @@ def test_a_deleted_vector_is_gone_from_the_disk_and_its_answers_with_it(folder, 
     assert len(held(private)) == 6
 
 
+def test_killed_while_deleting_no_vector_is_left_and_the_same_call_again_is_enough(
+    folder, private, monkeypatch
+):
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(private._state), "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            private.delete(["r0"])
+    assert not np.fromfile(next(folder.glob("vectors-*")), np.float32)[:D].any()
+    again = ProtectedVectors(folder, D)
+    again.delete(["r0"])
+    assert held(again) == held(ProtectedVectors(folder, D)) == held(private) and len(held(again)) == 4
+
+
 def test_whatever_is_added_and_deleted_what_is_left_is_held(folder):
     """Random sequences by two handles on one folder, in which segments lose all their records and come again."""
     for seed in range(6):

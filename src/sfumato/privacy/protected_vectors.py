@@ -54,6 +54,7 @@ class ProtectedVectors:
     def create(cls, folder: Path, dimension: int) -> ProtectedVectors:
         """An empty collection in a new folder, closed to other users."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
         QueryState.create(folder / _STATE)
         return cls(folder, dimension)
 
@@ -129,16 +130,18 @@ class ProtectedVectors:
     def delete(self, names: Sequence[str]) -> None:
         """Remove records by id: their vectors are overwritten, and the answers kept so far are forgotten.
 
-        What their units used of their budget stays used, should they come back.
+        What their units used of their budget stays used, should they come back. Killed in between, a record is still
+        there as zeros, and the same call again removes it.
         """
         with self._state.exclusive():
             self._refresh()
-            for row in self._state.delete(list(names)):
+            for row in self._state.rows_of(names):
                 for first, block in self._segments:
                     if first <= row < first + len(block):
                         held = np.memmap(block.filename, np.float32, "r+", shape=block.shape)  # type: ignore[attr-defined]
                         held[row - first] = 0
                         held.flush()
+            self._state.delete(names)
             self._refresh()
 
     def _refresh(self) -> None:
@@ -182,7 +185,7 @@ class ProtectedVectors:
     def _rows(self, rows: np.ndarray) -> np.ndarray:
         """Float32 [M, D] of these rows, as they were given."""
         if len(self._segments) == 1:
-            return self._segments[0][1][rows]
+            return np.asarray(self._segments[0][1][rows])
         found = np.empty((len(rows), self.dimension), np.float32)
         for first, held in self._segments:
             here = (rows >= first) & (rows < first + len(held))

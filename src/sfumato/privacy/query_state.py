@@ -138,22 +138,28 @@ class QueryState:
                 db.execute(sql.insert(_RECORDS), rows)
             db.execute(sql.update(_META).values(changes=_META.c.changes + 1))
 
-    def delete(self, names: Sequence[str]) -> list[int]:
-        """Forget these records and every answer that was kept; what their units used stays used. Returns their rows.
+    def rows_of(self, names: Sequence[str]) -> list[int]:
+        """The rows of these records. InputError when a name is not there, or comes twice."""
+        rows: dict[str, int] = {}
+        with self._transaction() as db:
+            for name in names:
+                found = db.execute(sql.select(_RECORDS.c.row).where(_RECORDS.c.name == name)).first()
+                if found is None or name in rows:
+                    raise InputError(f"there is no record {name!r} in the index; nothing was deleted")
+                rows[name] = int(found.row)
+        return list(rows.values())
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Forget these records and every answer that was kept; what their units used stays used.
 
         Raises InputError, and deletes nothing, when a name is not there.
         """
+        rows = self.rows_of(names)
         with self._transaction(write=True) as db:
-            rows = []
-            for name in names:
-                found = db.execute(sql.select(_RECORDS.c.row).where(_RECORDS.c.name == name)).first()
-                if found is None:
-                    raise InputError(f"there is no record {name!r} in the index; nothing was deleted")
-                rows.append(int(found.row))
-                db.execute(sql.delete(_RECORDS).where(_RECORDS.c.row == found.row))
+            for row in rows:
+                db.execute(sql.delete(_RECORDS).where(_RECORDS.c.row == row))
             db.execute(sql.delete(_ANSWERS))
             db.execute(sql.update(_META).values(changes=_META.c.changes + 1))
-        return rows
 
     def answer(self, key: str) -> np.ndarray | None:
         """The noisy vector that was answered under this key, float64 [k], or None."""

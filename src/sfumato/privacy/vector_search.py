@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from sfumato.privacy.protected_vectors import GRID, ProtectedVectors, on_grid
 
@@ -113,25 +112,16 @@ def _scored(
     vectors: ProtectedVectors, queries: np.ndarray, lists: Lists | None, among: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows, float32 scores [B, Q]) of all living records, block by block."""
-    told = torch.from_numpy((queries / GRID).astype(np.float32)).T.contiguous()
+    told = np.ascontiguousarray((queries / GRID).astype(np.float32).T)
     if lists is not None or among is not None:
         near = np.flatnonzero(vectors._alive) if lists is None else lists.rows(vectors, queries[0])
         near = near if among is None else near[among[near]]
         for start in range(0, len(near), BLOCK):
             rows = near[start : start + BLOCK]
-            yield rows, (torch.from_numpy(vectors._rows(rows)) @ told).numpy()
+            yield rows, vectors._rows(rows) @ told
         return
     for first, block in vectors._blocks(BLOCK):
-        scores = (_tensor(block) @ told).numpy()
+        scores = np.asarray(block) @ told
         alive = vectors._alive[first : first + len(block)]
         rows = np.arange(first, first + len(block))
         yield (rows, scores) if alive.all() else (rows[alive], scores[alive])
-
-
-def _tensor(block: np.ndarray) -> torch.Tensor:
-    """A tensor on a read-only memory map, without a copy; it is only read."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(block)

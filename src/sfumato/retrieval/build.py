@@ -24,21 +24,16 @@ from sfumato.privacy.codebook_sums import CodebookPlan, codebook_sums
 from sfumato.privacy.ledger import Ledger, Reservation
 from sfumato.privacy.protected_vectors import ProtectedVectors
 from sfumato.privacy.run_account import check_left, open_account
-from sfumato.privacy.vector_moments import Moments, MomentsPlan, vector_moments
 from sfumato.privacy.vectors_file import add_file, count_file, is_vectors_file
 from sfumato.report.certificate import certificate, software
 from sfumato.retrieval.codebook import FILE, Codes
 from sfumato.retrieval.collection import INDEX, PRIVATE, PUBLIC, Collection, IndexFacts
 from sfumato.retrieval.options import DEFAULT_DELTA, AddOptions, CodebookOptions, DeleteOptions, IndexOptions
+from sfumato.retrieval.overview import look_over
 from sfumato.retrieval.plan import RADIUS_QUANTILE, RetrievalPlan, make_plan, told
 from sfumato.retrieval.prompts import checked_prompt
 from sfumato.retrieval.public_side import PublicSide, embedded_public
 
-SHARE_OF_OVERVIEW = 0.2  # of ε and δ, for the collection's noisy number, mean and covariance
-ASSUMED_UNITS = (
-    1000  # where their number is not declared: decides along how many directions the covariance is asked
-)
-LEAST_DIRECTIONS, LEAST_SPREAD = 4, 0.01
 SHARE_OF_COUNT = (
     0.02  # of ε, for a noisy count of units where only their number is needed and it is not declared
 )
@@ -122,7 +117,7 @@ def _fill(
     private = ProtectedVectors(where, encoder.dimension)
     units, left, first = float(options.public_size or 0), budget, None
     if options.mechanism != "topk":
-        counted, public, first = _overview(budget, private, public, ledger, answers, options.public_size)
+        counted, public, first = look_over(budget, private, public, ledger, answers, options.public_size)
         units = units or counted
         left = Budget(budget.epsilon - first.epsilon, budget.delta - first.delta)
     elif not units:
@@ -137,66 +132,6 @@ def _fill(
         math.ceil(4 * math.sqrt(units)) if units > SCANNED else 0,
     )  # fmt: skip
     return facts, plan, public
-
-
-def _overview(
-    budget: Budget,
-    private: ProtectedVectors,
-    public: PublicSide,
-    ledger: Ledger,
-    answers: Answers,
-    public_size: int | None,
-) -> tuple[float, PublicSide, Reservation]:
-    """(noisy number of units, the public vectors moved to where the private ones lie, what it cost).
-
-    A private collection is usually another kind of picture than the public ones, less varied, and less like any text.
-    Its mean and covariance cost little and say by how much: balls, centres and the plan are taken from public vectors
-    that were moved accordingly, as far as both stand out of their noise.
-    """
-    mean, k = public.mean(), public.directions.shape[1]
-    part = Budget(SHARE_OF_OVERVIEW * budget.epsilon, SHARE_OF_OVERVIEW * budget.delta)
-    radius = 1.1 * float(np.quantile(np.linalg.norm(public.vectors - mean, axis=1), 0.9))
-    noise = calibrate(lambda z: [MomentsPlan(mean, z, radius, public.directions).planned()[0].event], part)
-    assumed = public_size or ASSUMED_UNITS
-    while k > LEAST_DIRECTIONS:
-        plan = MomentsPlan(mean, noise, radius, public.directions[:, :k].astype(np.float64))
-        if k * plan.square_noise / math.sqrt(2) / assumed < np.linalg.norm(public.covariance(k)) / 3:
-            break
-        k //= 2
-    plan = MomentsPlan(mean, noise, radius, public.directions[:, :k].astype(np.float64))
-    reservation = answers.reserve(ledger, "overview", plan.planned(), part.delta)
-    found = vector_moments(private, plan, reservation)
-    reservation.settle()
-    return max(float(round(found.count)), 1.0), moved_by(found, plan, public, public_size), reservation
-
-
-def moved_by(found: Moments, plan: MomentsPlan, public: PublicSide, public_size: int | None) -> PublicSide:
-    """Public vectors with the mean and covariance that were found, as far as they stand out of their noise.
-
-    The mean is shrunk towards the public one, the covariance towards a multiple of the public one (James and Stein
-    1961). Post-processing: free.
-    """
-    k = plan.basis.shape[1]
-    units = float(public_size or max(found.count, 2 * plan.count_noise))
-    own, noise = public.covariance(k), plan.square_noise / units
-    shift = _shrunk(found.residuals / units, plan.mean_noise / units, longest=plan.radius)
-    along = shift @ plan.basis
-    covariance = found.squares / units - np.outer(along, along)
-    spread = np.trace(own)
-    trust = spread**2 / (spread**2 + k * noise**2)
-    scale = trust * np.clip(np.trace(covariance) / spread, LEAST_SPREAD, 1 / LEAST_SPREAD) + 1 - trust
-    change = _shrunk(covariance - scale * own, noise, k * (k + 1) // 2, plan.radius**2)
-    values, axes = np.linalg.eigh(scale * own + change)
-    values = np.maximum(values, LEAST_SPREAD * scale * spread / k)
-    return public.moved(public.mean() + shift, (axes * values) @ axes.T)
-
-
-def _shrunk(found: np.ndarray, noise: float, size: int | None = None, longest: float = 1.0) -> np.ndarray:
-    """What was found, no longer than it can be, less what its noise adds to its length."""
-    length = float(np.linalg.norm(found))
-    found = found * min(1.0, longest / length) if length else found
-    left = 1 - ((size or found.size) - 2) * noise**2 / max(min(length, longest) ** 2, 1e-300)
-    return found * max(0.0, left)
 
 
 def _count(

@@ -21,17 +21,19 @@ LEAST_OF_EXPECTED = 0.1  # no divisor is smaller: a few units must not be blown 
 @dataclass(frozen=True)
 class Condition:
     """vector: float32 [D], what the generator is told. noise: standard deviation per coordinate that is left in it.
-    private: whether an answer to this very question is in it. cached: nothing was charged for it now."""
+    private: whether an answer to this very question is in it. cached: nothing was charged for it now. asked: whether it
+    was put at all."""
 
     vector: np.ndarray
     noise: float
     private: bool
     cached: bool
+    asked: bool = True
 
 
 def public_condition(center: np.ndarray) -> Condition:
     """What can be told without asking: the public neighbours' mean, moved by what the index knows of the whole."""
-    return Condition(center.astype(np.float32), 0.0, False, True)
+    return Condition(center.astype(np.float32), 0.0, False, True, asked=False)
 
 
 def ball_condition(answer: np.ndarray, center: np.ndarray, plan: RetrievalPlan, cached: bool) -> Condition:

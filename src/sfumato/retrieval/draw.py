@@ -79,11 +79,12 @@ def _drawn(generator: Any, condition: Condition, options: AskOptions | BatchOpti
 
 
 def _how(condition: Condition) -> str:
+    if not condition.asked:
+        return "the budget is spent: drawn from public neighbours, without asking"
+    charged = "asked before, free" if condition.cached else "charged once"
     if not condition.private:
-        return (
-            "too little lies near to be told from noise, or the budget is spent: drawn from public neighbours"
-        )
-    return "asked before, free" if condition.cached else "charged once"
+        return f"{charged}; too little lies near to be told from noise: drawn from public neighbours"
+    return charged
 
 
 def _name(prompt: str) -> str:
