@@ -2,9 +2,9 @@
 
     python benchmarks/retrieval_service.py [--workers 1] [--json FILE]      # a few minutes
 
-An index of 2,000 random portraits-like images (noise) with 100 planned questions is served with the embedded encoder
-and generator. 32 clients ask 160 different prompts, each twice, one picture of 25 steps each time, as fast as they are
-answered; when the budget is spent they get 429. Afterwards the ledger must hold exactly 100 questions, and exactly 100
+An index of 2,000 random portraits-like images (noise) with 50 planned questions is served with the embedded encoder
+and generator. 32 clients ask 80 different prompts, each twice, one picture of 25 steps each time, as fast as they are
+answered; when the budget is spent they get 429. Afterwards the ledger must hold exactly 50 questions, and exactly 50
 prompts must have been answered. A second round asks one known prompt only: what drawing and HTTP alone take.
 """
 
@@ -27,7 +27,7 @@ from sfumato.retrieval.build import build_index
 from sfumato.retrieval.collection import Collection
 from sfumato.retrieval.options import IndexOptions
 
-CLIENTS, PLANNED, PROMPTS, RECORDS, PORT = 32, 100, 160, 2_000, 8765
+CLIENTS, PLANNED, PROMPTS, KNOWN, RECORDS, PORT = 32, 50, 80, 160, 2_000, 8765
 
 
 def load(client: httpx.Client, prompts: list[str]) -> tuple[list[float], list[tuple[str, int, bool]], float]:
@@ -80,7 +80,7 @@ def main() -> None:
                 )
                 seconds, answers, wall = load(client, order.tolist())
                 known = next(prompt for prompt, status, _ in answers if status == 200)
-                again, _, wall_again = load(client, [known] * 320)
+                again, _, wall_again = load(client, [known] * KNOWN)
         finally:
             server.terminate()
             server.wait()
