@@ -51,6 +51,7 @@ from sfumato.retrieval.collection import Collection
 from sfumato.retrieval.conditions import Condition, public_condition
 from sfumato.retrieval.generator import RetrievalGenerator
 from sfumato.retrieval.options import CodebookOptions, IndexOptions
+from sfumato.retrieval.plan import NEAREST_SHARE
 from sfumato.retrieval.prompts import portrait_prompts
 from sfumato.retrieval.public_side import PublicSide, embedded_public
 
@@ -199,7 +200,7 @@ class Bench:
         public, count = PublicSide.load(embedded_public()), None
         if cell.method == "mean and covariance alone":
             index = Collection.open(self.out / f"index-{cell.style}-ball-filter-10-{QUERIES[0]}")
-            public, count = index.public, index.plan.public_count(index.public)
+            public, count = index.public, index.public.count(NEAREST_SHARE)
         count = count or public.count(NEAREST / RECORDS)
         return [public_condition(public.center(z, count)) for z in self.encoder.texts(self.prompts)]
 

@@ -33,7 +33,7 @@ from sfumato.privacy.protected_vectors import ProtectedVectors
 from sfumato.progress import Progress
 from sfumato.retrieval.conditions import ball_condition, nearest_condition
 from sfumato.retrieval.overview import look_over
-from sfumato.retrieval.plan import Mechanism, make_plan
+from sfumato.retrieval.plan import NEAREST_SHARE, Mechanism, make_plan
 from sfumato.retrieval.public_side import PublicSide
 
 DELTA, NEAREST, PLANNED_WITH = 1e-5, 200, 2_000
@@ -90,16 +90,16 @@ def answers(
         budget = Budget(epsilon - first.epsilon, DELTA - first.delta)
     plan = make_plan(mechanism, budget, queries, float(len(private)), public)
     reservation = kept.reserve(ledger, "retrieve", plan.events, budget.delta)
-    count, query = plan.public_count(public), plan.query
+    count, query = public.count(min(NEAREST_SHARE, plan.share)), plan.query
 
     def ask(key: str, direction: np.ndarray) -> np.ndarray:
         if isinstance(query, NearestPlan):
             answer, _ = nearest_mean(held, direction, query, reservation, key)
             return nearest_condition(answer, public.center(direction, count), plan, False).vector
         assert isinstance(query, BallPlan)
-        ball = public.ball(direction, count)
+        ball = public.ball(direction, plan.public_count(public))
         answer, _ = ball_sum(held, ball, query, reservation, key)
-        return ball_condition(answer, ball.center, plan, False).vector
+        return ball_condition(answer, public.center(direction, count), plan, False).vector
 
     if mechanism == "ball-filter":  # elsewhere what others asked changes nothing
         others = np.random.default_rng(5).integers(len(public.prompts), size=queries - len(asked))

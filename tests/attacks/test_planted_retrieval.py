@@ -45,9 +45,14 @@ class Allowing:
 
     def __init__(self, plan: Any) -> None:
         self.id, self.planned, self.calls = "allowing", tuple(plan.planned()), []
+        self.marks: dict[str, str] = {}
 
-    def begin(self, mechanism: str, event: Any, units: int = 1) -> None:
+    def begin(self, mechanism: str, event: Any, units: int = 1, *, mark: str = "", after: str = "") -> None:
+        self.marks[mechanism] = mark
         self.calls.append(mechanism)
+
+    def mark(self, mechanism: str) -> str:
+        return self.marks.get(mechanism, "")
 
     def begun(self, mechanism: str) -> int:
         return self.calls.count(mechanism)
@@ -120,6 +125,9 @@ class Forgetful(QueryState):
         return None
 
     def keep(self, key: str, value: np.ndarray) -> None:
+        pass
+
+    def get_in_step(self, reservation: Any, query: Any) -> None:
         pass
 
     def use(  # type: ignore[override]
@@ -528,7 +536,7 @@ def test_the_ledger(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", LEDGERS)
 def test_begin_skipped(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(Reservation, "begin", lambda self, *_: None)
+    monkeypatch.setattr(Reservation, "begin", lambda self, *_, **__: None)
     assert not ledger_holds(tmp_path, *LEDGERS[kind])
 
 
@@ -565,5 +573,5 @@ def rollback_is_noticed(folder: Path) -> bool:
 
 def test_an_older_state_put_back(tmp_path, monkeypatch):
     assert rollback_is_noticed(tmp_path)
-    monkeypatch.setattr(QueryState, "_check_in_step", lambda *_: None)
+    monkeypatch.setattr(QueryState, "get_in_step", lambda *_: None)
     assert not rollback_is_noticed(tmp_path)

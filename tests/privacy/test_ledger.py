@@ -167,6 +167,23 @@ def test_only_what_was_reserved_may_begin(ledger):
         reservation.begun("label_histogram")
 
 
+def test_work_from_a_state_kept_elsewhere_goes_on_from_the_mark_that_the_ledger_knows(file, ledger):
+    reservation = ledger.reserve("s", PLAN, delta=5e-6)
+    assert reservation.mark("dp_sgd") == ""
+    reservation.begin("dp_sgd", STEP, mark="a")
+    reservation.begin("dp_sgd", STEP, mark="b", after="a")
+    for after in ("a", "", "c"):
+        with pytest.raises(LedgerError, match=r"another copy.*nothing was released"):
+            reservation.begin("dp_sgd", STEP, mark="d", after=after)
+    assert (reservation.mark("dp_sgd"), reservation.begun("dp_sgd")) == ("b", 2)
+    reservation.begin("dp_sgd", STEP)  # without a mark nothing is asked and nothing changes
+    assert (reservation.mark("dp_sgd"), reservation.begun("dp_sgd")) == ("b", 3)
+    assert ledger.verify() == 5
+    edit(file, """UPDATE charges SET state = replace(state, '"dp_sgd":"b"', '"dp_sgd":"a"')""")
+    with pytest.raises(LedgerError, match="differs from its history"):
+        ledger.verify()
+
+
 def test_begin_is_durable_before_it_returns(file, ledger):
     reservation = ledger.reserve("s", PLAN, delta=5e-6)
     child = os.fork()

@@ -228,10 +228,14 @@ def test_nobody_ever_uses_more_than_the_cap_and_sums_add_up(tmp_path_factory, ca
     state.add(0, list("abcdef"), list("uvwxyz"))
 
     class Counting:
-        begun_so_far, status = 0, "open"
+        begun_so_far, status, marked = 0, "open", ""
 
-        def begin(self, mechanism: str, event: Any) -> None:
-            self.begun_so_far += 1
+        def mark(self, mechanism: str) -> str:
+            return self.marked
+
+        def begin(self, mechanism: str, event: Any, *, mark: str, after: str) -> None:
+            assert after == self.marked and mark != after
+            self.begun_so_far, self.marked = self.begun_so_far + 1, mark
 
         def begun(self, mechanism: str) -> int:
             return self.begun_so_far
@@ -289,20 +293,98 @@ def test_what_fails_before_the_answer_was_never_asked(path, state, reservation):
     assert set(used(path).values()) == {USED_UNIT}
 
 
+class Watched:
+    """A reservation, with something to do before and after a query is counted."""
+
+    status = "open"
+
+    def __init__(self, real: Reservation, before: Any = None, after: Any = None) -> None:
+        self.real, self.before, self.after = real, before or (lambda: None), after or (lambda: None)
+
+    def begun(self, mechanism: str) -> int:
+        return self.real.begun(mechanism)
+
+    def mark(self, mechanism: str) -> str:
+        return self.real.mark(mechanism)
+
+    def begin(self, mechanism: str, event: Any, **marks: str) -> None:
+        self.before()
+        self.real.begin(mechanism, event, **marks)
+        self.after()
+
+
+def refused() -> None:
+    raise LedgerError("no")
+
+
 def test_an_answer_that_the_ledger_did_not_count_does_not_leave_and_is_counted_next(path, state, reservation):
-    class Refusing:
-        status = "open"
-
-        def begun(self, mechanism: str) -> int:
-            return reservation.begun(mechanism)
-
-        def begin(self, mechanism: str, event: Any) -> None:
-            raise LedgerError("no")
-
     with pytest.raises(LedgerError, match="no"):
-        ask(state, Refusing())
+        ask(state, Watched(reservation, refused))
     assert set(used(path).values()) == {USED_UNIT} and reservation.begun(QUERY) == 0
+    with pytest.raises(LedgerError, match="no"):
+        state.get_in_step(Watched(reservation, refused), SIX)
+    state.get_in_step(reservation, SIX)
+    assert reservation.begun(QUERY) == 1
+    state.get_in_step(reservation, SIX)
     assert ask(QueryState(path), reservation, "then", cap=3) == [3.0] and reservation.begun(QUERY) == 2
+
+
+def put_back(copy: Path, path: Path) -> None:
+    for suffix in ("", "-wal", "-journal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+        if Path(f"{copy}{suffix}").exists():
+            shutil.copy(f"{copy}{suffix}", f"{path}{suffix}")
+
+
+def set_aside(path: Path, copy: Path) -> Path:
+    for suffix in ("", "-wal", "-journal", "-shm"):
+        if Path(f"{path}{suffix}").exists():
+            shutil.copy(f"{path}{suffix}", f"{copy}{suffix}")
+    return copy
+
+
+def test_once_a_kept_answer_left_the_copy_from_before_it_is_refused(path, state, reservation, tmp_path):
+    """Written, not counted: then the answer is asked for again, and a copy from before the question is put back."""
+    ask(state, reservation, cap=9)
+    old = set_aside(path, tmp_path / "old.db")
+    with pytest.raises(LedgerError, match="no"):
+        ask(state, Watched(reservation, refused), "k", cap=9)
+    state.get_in_step(reservation, SIX)  # as before every kept answer
+    put_back(old, path)
+    with pytest.raises(LedgerError, match="older copy"):
+        ask(QueryState(path), reservation, "k", cap=9)
+
+
+def test_of_two_copies_that_went_on_by_themselves_one_is_refused(path, state, reservation, tmp_path):
+    """Both know of as many questions as the ledger, but not of the same ones."""
+    ask(state, reservation, cap=9)
+    old = set_aside(path, tmp_path / "old.db")
+    with pytest.raises(LedgerError, match="no"):
+        ask(state, Watched(reservation, refused), "one", cap=9)
+    ahead = set_aside(path, tmp_path / "ahead.db")
+    put_back(old, path)
+    ask(QueryState(path), reservation, "other", cap=9)
+    put_back(ahead, path)
+    for work in (
+        lambda: QueryState(path).get_in_step(reservation, SIX),
+        lambda: ask(QueryState(path), reservation, "new"),
+    ):
+        with pytest.raises(LedgerError, match="asked elsewhere"):
+            work()
+
+
+def test_of_two_copies_asked_at_once_one_answers(path, state, reservation, tmp_path):
+    other = tmp_path / "other.db"
+    set_aside(path, other)
+    seen: list[Any] = []
+    both = Watched(
+        reservation, before=lambda: seen.append(ask(QueryState(other), reservation, "theirs", cap=9))
+    )
+    with pytest.raises(LedgerError, match="another copy"):
+        ask(state, both, "mine", cap=9)
+    assert len(seen) == 1 and reservation.begun(QUERY) == 1
+    with pytest.raises(LedgerError, match="asked elsewhere"):
+        QueryState(path).get_in_step(reservation, SIX)
 
 
 @pytest.mark.parametrize("where", ["answer", "written", "counted"])
@@ -312,22 +394,11 @@ def test_killed_anywhere_the_next_query_goes_on_and_nothing_is_refunded(path, st
     def kill(*_: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    class Killing:
-        status = "open"
-
-        def begun(self, mechanism: str) -> int:
-            return reservation.begun(mechanism)
-
-        def begin(self, mechanism: str, event: Any) -> None:
-            if where == "written":
-                kill()
-            reservation.begin(mechanism, event)
-            kill()
-
+    killing = Watched(reservation, kill if where == "written" else None, kill)
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
-            ask(state, Killing(), "k", answer=kill if where == "answer" else silent)
+            ask(state, killing, "k", answer=kill if where == "answer" else silent)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     state = QueryState(path)
@@ -353,32 +424,18 @@ def test_an_older_copy_of_the_state_is_refused(path, state, reservation, tmp_pat
 
 def test_a_copy_from_the_middle_of_a_query_is_refused_too(path, state, reservation, tmp_path):
     """Whatever moment of a query a copy of the state is from: put back after the query it is refused."""
-    copies = []
+    copies: list[Path] = []
 
     def copy(name: str) -> None:
-        for suffix in ("", "-wal", "-journal", "-shm"):
-            if Path(f"{path}{suffix}").exists():
-                shutil.copy(f"{path}{suffix}", tmp_path / f"{name}{suffix}")
-        copies.append(name)
-
-    class Copying:
-        status = "open"
-
-        def begun(self, mechanism: str) -> int:
-            copy("checked.db")
-            return reservation.begun(mechanism)
-
-        def begin(self, mechanism: str, event: Any) -> None:
-            reservation.begin(mechanism, event)
+        copies.append(set_aside(path, tmp_path / name))
 
     ask(state, reservation, cap=9)
-    ask(state, Copying(), "k", cap=9, answer=lambda active: (copy("asked.db"), silent(active))[1])
-    assert copies == ["checked.db", "asked.db"]
-    for name in copies:
-        for suffix in ("", "-wal", "-journal", "-shm"):
-            Path(f"{path}{suffix}").unlink(missing_ok=True)
-            if (tmp_path / f"{name}{suffix}").exists():
-                shutil.copy(tmp_path / f"{name}{suffix}", f"{path}{suffix}")
+    watched, real = Watched(reservation), reservation.begun
+    watched.begun = lambda mechanism: (copy(f"checked{len(copies)}.db"), real(mechanism))[1]  # type: ignore[method-assign]
+    ask(state, watched, "k", cap=9, answer=lambda active: (copy("asked.db"), silent(active))[1])
+    assert len(copies) >= 2 and copies[-1].name == "asked.db"
+    for each in copies:
+        put_back(each, path)
         with pytest.raises(LedgerError, match="older copy"):
             ask(QueryState(path), reservation, "new", cap=9)
 

@@ -11,6 +11,7 @@ import pytest
 from sfumato.errors import BudgetError, InputError
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
+from sfumato.report.certificate import verify_certificate
 from sfumato.retrieval import build
 from sfumato.retrieval.build import add, build_index, default_delta, delete, read_prompts, release_codebook
 from sfumato.retrieval.collection import Collection
@@ -42,6 +43,7 @@ def test_the_whole_is_looked_over_first_and_the_parts_cost_what_was_asked(made) 
     assert held[0].epsilon == pytest.approx(0.2 * 40, rel=1e-3) and held[0].delta == pytest.approx(2e-7)
     collection.condition("a portrait")
     claim = collection.certificate()
+    assert verify_certificate(claim).ok
     assert len(claim["reservations"]) == 2 and claim["epsilon"] <= 40 * (1 + 1e-9) and claim["delta"] <= 1e-6
 
 
@@ -192,6 +194,7 @@ def test_a_codebook_is_released_once_and_asked_for_ever(made, tmp_path) -> None:
         "codebook.safetensors", "privacy.json", "README.md",
     }  # fmt: skip
     claim = json.loads((release / "privacy.json").read_text())
+    assert verify_certificate(claim).ok and len(claim["reservations"]) == 2
     assert (
         2.0 < claim["epsilon"] <= 3 * (1 + 1e-9)
     )  # the overview, which the number of codes follows from, too

@@ -126,7 +126,7 @@ def test_in_a_browser_prompts_become_pictures_and_the_meter_sinks(tab, tmp_path)
         assert ask(tab, "a third").startswith("The privacy budget is spent")
         assert tab.find("says.classList.contains('bad')")
         tab.click("#fallback")
-        assert "Free: drawn from public pictures only" in ask(tab, "a third")
+        assert "Free: drawn without asking the collection" in ask(tab, "a third")
         assert tab.find("document.querySelectorAll('.answer').length") == 4
         assert collection.charges == ["<b>a portrait</b>", "another portrait"]
         # A refusal (429) is noted by the browser itself; the page's own script and policy raise nothing.

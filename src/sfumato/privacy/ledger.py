@@ -343,14 +343,24 @@ class Reservation:
         given_back = state.get("given_back", False)
         return [(p, p.begun(state["begun"][p.mechanism]) if given_back else p.total) for p in parts]
 
-    def begin(self, mechanism: str, event: DpEvent, units: int = 1) -> None:
+    def mark(self, mechanism: str) -> str:
+        """The mark of that mechanism's unit of work that began last; empty where none has one."""
+        return str(self._state().get("marks", {}).get(mechanism, ""))
+
+    def begin(
+        self, mechanism: str, event: DpEvent, units: int = 1, *, mark: str = "", after: str = ""
+    ) -> None:
         """Records that `units` units of the planned work start now. Durable when it returns.
 
         To be called before any value computed from private data leaves the mechanism, with the event the
         mechanism really is. Begun work is spent, whatever happens after.
 
+        mark, after: for work that goes on from a state kept elsewhere: a new random mark of that state, and the mark it
+        had before. The ledger lets only the state go on that it knows, so that of two copies one is refused.
+
         Raises:
-            LedgerError: Not planned, another event than planned, more units than planned, or settled.
+            LedgerError: Not planned, another event than planned, more units than planned, settled, or the mark
+                before is not the last one.
         """
         with self.ledger._transaction(write=True) as db:
             head_row(db, lock=True)
@@ -370,12 +380,17 @@ class Reservation:
                     f"{label}: {mechanism} has begun {begun} of {plan['count']} reserved units, {units} more "
                     "cannot begin; nothing was released. Reserve more for a new run"
                 )
+            body = {"kind": "begin", "id": self.id, "mechanism": mechanism, "units": int(units)}
+            if mark:
+                marks = state.setdefault("marks", {})
+                if marks.get(mechanism, "") != after:
+                    raise LedgerError(
+                        f"{label}: {mechanism} went on from another copy of its state meanwhile; nothing was released. "
+                        "Use one copy only"
+                    )
+                marks[mechanism] = body["mark"] = mark
             state["begun"][mechanism] = begun + units
-            append(
-                db,
-                {"kind": "begin", "id": self.id, "mechanism": mechanism, "units": int(units)},
-                spent_now(db),
-            )
+            append(db, body, spent_now(db))
             self._store(db, state)
 
     def settle(self, *, outputs_unseen: bool = False) -> None:

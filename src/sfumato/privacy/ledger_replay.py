@@ -59,6 +59,8 @@ class Replay:
             if kind == "begin":
                 plan = next(p for p in state["planned"] if p["mechanism"] == body["mechanism"])
                 state["begun"][body["mechanism"]] += body["units"]
+                if "mark" in body:
+                    state.setdefault("marks", {})[body["mechanism"]] = body["mark"]
                 if body["units"] < 1 or state["begun"][body["mechanism"]] > plan["count"]:
                     raise ValueError("more work than planned")
             else:

@@ -216,6 +216,9 @@ def ball_sum(
     removing one unit. With them, `plan.planned()[0]` for all keys together; see the module.
     """
     with private._state.exclusive():
+        if plan.per_unit_cap is not None:
+            _check_reserved(plan, reservation)
+            private._state.get_in_step(reservation, plan.planned()[1])
         if (kept := private._state.answer(key)) is not None:
             return kept, True
         private._refresh()
@@ -234,17 +237,20 @@ def ball_sum(
             private._state.keep(key, answer)
             return answer, False
         budgets, query = plan.planned()
-        # σ and L may both differ where σ/√L, and so the event, does not
-        if reservation.planned != (budgets, query):
-            raise LedgerError(
-                "these ball queries are not what was reserved (noise, budgets or number); nothing was released. "
-                "Use the plan of the reservation"
-            )
         if reservation.begun(BALL_BUDGETS) == 0:
             reservation.begin(BALL_BUDGETS, budgets.event)
         costs = np.ceil(_squares(parts) * (USED_UNIT / FINE**2)).astype(np.int64)  # a power of two: exact
         cap = plan.per_unit_cap * USED_UNIT
         return private._state.use(reservation, query, units, costs, cap, key, noisy), False
+
+
+def _check_reserved(plan: BallPlan, reservation: Reservation) -> None:
+    """σ and L may both differ where σ/√L, and so the event, does not."""
+    if reservation.planned != tuple(plan.planned()):
+        raise LedgerError(
+            "these ball queries are not what was reserved (noise, budgets or number); nothing was released. Use the "
+            "plan of the reservation"
+        )
 
 
 def question_key(prompt: str, public: dict[str, Any]) -> str:

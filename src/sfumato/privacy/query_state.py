@@ -3,10 +3,11 @@
 One SQLite file beside the private vectors, written as durably as the ledger. It is private: how much of its budget a
 unit has used says which prompts it was near to. Nothing here is ever shown.
 
-**Never free.** A query first writes what each unit used, that one more query was asked and the noisy answer, in one
-transaction; then the ledger counts it; only then the answer leaves. The two counts must agree whenever a query starts.
-Where this file is one ahead, a process was killed in between, and the ledger is brought up to it. A file that is
-missing, damaged or behind the ledger, be it by one query, is an older copy and refused: budgets never start again.
+**Never free.** A query first writes what each unit used, that one more query was asked, a random mark and the noisy
+answer, in one transaction; then the ledger counts it under that mark; only then the answer leaves. Before any answer
+leaves, a kept one too, count and mark must agree. Where this file is one ahead of the ledger's mark, a process was
+killed in between, and the ledger is brought up to it. A file that is missing, damaged, behind the ledger, be it by one
+query, or a copy that went on by itself, is refused: budgets never start again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _tables = sql.MetaData()
 _META = sql.Table(
     "meta", _tables,
     sql.Column("id", sql.Integer, primary_key=True), sql.Column("format", sql.Text), sql.Column("index", sql.Text),
-    sql.Column("queries", sql.Integer), sql.Column("used", sql.Integer), sql.Column("changes", sql.Integer),
+    sql.Column("queries", sql.Integer), sql.Column("mark", sql.Text), sql.Column("before", sql.Text),
+    sql.Column("used", sql.Integer), sql.Column("changes", sql.Integer),
 )  # fmt: skip
 _UNITS = sql.Table(
     "units", _tables,
@@ -81,7 +83,7 @@ class QueryState:
         with transaction(make_engine(parse_url(path)), str(path), write=True) as db:
             _tables.create_all(db)
             first = {"id": 1, "format": FORMAT, "index": secrets.token_hex(8)}
-            db.execute(sql.insert(_META).values(**first, queries=0, used=0, changes=0))
+            db.execute(sql.insert(_META).values(**first, queries=0, mark="", before="", used=0, changes=0))
         path.chmod(0o600)
         return cls(path)
 
@@ -192,7 +194,14 @@ class QueryState:
             LedgerError: All planned queries were asked, or this file and the ledger do not belong together, or one of
                 them is an older copy.
         """
-        self._check_in_step(reservation, query)
+        self.get_in_step(reservation, query)
+        begun = reservation.begun(query.mechanism)
+        if reservation.status != "open" or begun >= query.count:
+            raise LedgerError(
+                f"{query.mechanism}: {begun} of {query.count} reserved queries were asked, or the reservation is "
+                "settled; nothing was released. Make a new index for more"
+            )
+        known, mark = reservation.mark(query.mechanism), secrets.token_hex(8)
         with self._transaction(write=True) as db:
             found = db.execute(
                 sql.text(
@@ -217,27 +226,30 @@ class QueryState:
             self._keep(db, key, value)
             db.execute(
                 sql.update(_META).values(
-                    queries=_META.c.queries + 1, used=_META.c.used + int(costs[active].sum())
+                    queries=_META.c.queries + 1,
+                    mark=mark,
+                    before=known,
+                    used=_META.c.used + int(costs[active].sum()),
                 )
             )
-        reservation.begin(query.mechanism, query.event)
+        reservation.begin(query.mechanism, query.event, mark=mark, after=known)
         return value
 
-    def _check_in_step(self, reservation: Reservation, query: PlannedEvent) -> None:
-        begun = reservation.begun(query.mechanism)
+    def get_in_step(self, reservation: Reservation, query: PlannedEvent) -> None:
+        """Before any answer leaves, a kept one too: this file and the ledger went the same way, question by question.
+
+        A question that was written here and that the ledger did not count, because a process was killed or the ledger
+        was out of reach, is counted now. LedgerError where either is an older copy, or a copy that went on elsewhere.
+        """
+        begun, mark = reservation.begun(query.mechanism), reservation.mark(query.mechanism)
         with self._transaction() as db:
-            queries = self._meta(db)["queries"]
-        if queries == begun + 1:  # killed before the ledger counted it
-            reservation.begin(query.mechanism, query.event)
-            begun += 1
-        if begun != queries:
+            meta = self._meta(db)
+        if (meta["queries"], meta["before"]) == (begun + 1, mark):
+            reservation.begin(query.mechanism, query.event, mark=meta["mark"], after=mark)
+        elif (meta["queries"], meta["mark"]) != (begun, mark):
             raise self._damaged(
-                f"it knows of {queries} queries and the ledger of {begun}: one of them is an older copy"
-            )
-        if reservation.status != "open" or begun >= query.count:
-            raise LedgerError(
-                f"{query.mechanism}: {begun} of {query.count} reserved queries were asked, or the reservation is "
-                "settled; nothing was released. Make a new index for more"
+                f"it knows of {meta['queries']} queries and the ledger of {begun}, or of others: one of them is an "
+                "older copy, or a copy that was asked elsewhere"
             )
 
     def _keep(self, db: sql.Connection, key: str, value: np.ndarray) -> None:

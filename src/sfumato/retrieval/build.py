@@ -201,7 +201,9 @@ def release_codebook(options: CodebookOptions) -> list[str]:
     mine = [reservation]
     if facts.overview is not None:  # the number of codes follows from it
         mine += [r for r in reservation.ledger.reservations() if r.id == facts.overview]
-    allowed = Budget(budget.epsilon + sum(r.epsilon for r in mine[1:]), budget.delta)
+    allowed = Budget(
+        budget.epsilon + sum(r.epsilon for r in mine[1:]), budget.delta + sum(r.delta for r in mine[1:])
+    )
     claim = certificate(
         mine, unit=facts.unit, public_size=round(units), budget=allowed, software=software("transformers"),
         ledger_head=reservation.ledger.head,

@@ -33,7 +33,7 @@ from sfumato.report.certificate import certificate, software
 from sfumato.retrieval.codebook import FILE as CODEBOOK
 from sfumato.retrieval.codebook import Codebook
 from sfumato.retrieval.conditions import Condition, ball_condition, nearest_condition, public_condition
-from sfumato.retrieval.plan import RetrievalPlan
+from sfumato.retrieval.plan import NEAREST_SHARE, RetrievalPlan
 from sfumato.retrieval.prompts import checked_prompt
 from sfumato.retrieval.public_side import PublicSide
 
@@ -151,7 +151,7 @@ class Collection:
         """
         text = checked_prompt(prompt)
         direction = self.encoder.texts([text])[0].astype(np.float64)
-        count = self.plan.public_count(self.public)
+        nearest = self.public.center(direction, self.public.count(min(NEAREST_SHARE, self.plan.share)))
         key = question_key(text, self.facts.plan)
         query = self.plan.query
         try:
@@ -159,16 +159,16 @@ class Collection:
                 answer, cached = nearest_mean(
                     self.private, direction, query, self.reservation, key, self._lists
                 )
-                return nearest_condition(answer, self.public.center(direction, count), self.plan, cached)
+                return nearest_condition(answer, nearest, self.plan, cached)
             assert isinstance(query, BallPlan)
-            ball = self.public.ball(direction, count)
+            ball = self.public.ball(direction, self.plan.public_count(self.public))
             answer, cached = ball_sum(self.private, ball, query, self.reservation, key, self._lists)
-            return ball_condition(answer, ball.center, self.plan, cached)
+            return ball_condition(answer, nearest, self.plan, cached)
         except LedgerError:
             if self._left() > 0:
                 raise
         if fallback:
-            return public_condition(self.public.center(direction, count))
+            return public_condition(nearest)
         raise BudgetError(
             f"all {query.queries:,} questions of this index were asked; the prompt was not answered and "
             "nothing was spent. "

@@ -1,8 +1,9 @@
 """From a mechanism's noisy answer to what the generator is told. Post-processing of released values: free.
 
-The sum is divided by a number of units that is estimated from the noisy one and the public expectation; the residual is
-shrunk by its known noise (James and Stein 1961); where hardly anything private lies near the prompt, or noise drowns
-it, the public neighbours alone are what is told (the density gate).
+A ball's answer says how the private vectors near a prompt differ from the public ones there. The sum is divided by a
+number of units that is estimated from the noisy one and the public expectation, shrunk by its known noise (James and
+Stein 1961), and added to the mean of the nearest public neighbours, which may be fewer than the ball's. Where hardly
+anything private lies near, or noise drowns it, those neighbours alone are what is told (the density gate).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import numpy as np
 from sfumato.privacy.private_query import BallPlan
 from sfumato.retrieval.plan import RetrievalPlan
 
+SHRINKAGE = (
+    1.5  # 0 to 2 never hurts on average; 1 is best if only the noise is wrong, and the divisor is wrong too
+)
 LEAST_OF_EXPECTED = 0.1  # no divisor is smaller: a few units must not be blown up together with the noise
 
 
@@ -37,7 +41,8 @@ def public_condition(center: np.ndarray) -> Condition:
 
 
 def ball_condition(answer: np.ndarray, center: np.ndarray, plan: RetrievalPlan, cached: bool) -> Condition:
-    """From the noisy sum of residuals and number of units, float64 [k + 1], in a ball around the public centre."""
+    """From the noisy sum of residuals and number of units, float64 [k + 1], in a ball; center: of the nearest public
+    neighbours."""
     query = plan.query
     assert isinstance(query, BallPlan)
     return told_by(
@@ -63,7 +68,7 @@ def told_by(
     units = max(trust * counted + (1 - trust) * expected, LEAST_OF_EXPECTED * expected)
     mean, noise = answer[:-1] / units, residual_noise / units
     length = float(np.square(mean).sum())
-    kept = max(0.0, 1 - (len(mean) - 2) * noise**2 / length) if length else 0.0
+    kept = max(0.0, 1 - SHRINKAGE * (len(mean) - 2) * noise**2 / length) if length else 0.0
     if counted < count_noise or kept == 0:
         return Condition(center.astype(np.float32), 0.0, False, cached)
     residual = kept * (mean if basis is None else basis @ mean)

@@ -80,10 +80,10 @@ def _drawn(generator: Any, condition: Condition, options: AskOptions | BatchOpti
 
 def _how(condition: Condition) -> str:
     if not condition.asked:
-        return "the budget is spent: drawn from public neighbours, without asking"
+        return "the budget is spent: drawn without asking"
     charged = "asked before, free" if condition.cached else "charged once"
     if not condition.private:
-        return f"{charged}; too little lies near to be told from noise: drawn from public neighbours"
+        return f"{charged}; too little lies near to be told from noise"
     return charged
 
 

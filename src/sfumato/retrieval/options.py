@@ -63,8 +63,8 @@ class IndexOptions:
     """What the guarantee protects: one image, or all images of one group_id."""
 
     public_size: int | None = None
-    """Number of units, where you declare it to be public. Default: a noisy count. (The balls spend 5 % of ε on the
-    collection's noisy mean, which has it; topk 2 %.)"""
+    """Number of units, where you declare it to be public. Default: a noisy count. (The balls spend a fifth of ε
+    on the collection's noisy mean and covariance, and have it from there; topk 2 %.)"""
 
     size: int | None = None
     """Side in pixels that images are kept at for the encoder. Default: what the encoder takes."""
@@ -134,7 +134,7 @@ class AskOptions:
     IP-Adapter. Default: the embedded one."""
 
     fallback: bool = False
-    """When the budget is spent, draw without asking (from public neighbours) instead of refusing."""
+    """When the budget is spent, draw without asking instead of refusing."""
 
     seed: int = 0
     """Seed of the drawing (public randomness)."""
@@ -170,7 +170,7 @@ class BatchOptions:
     """What draws; see `sfumato retrieve ask --help`."""
 
     fallback: bool = False
-    """When the budget is spent, go on without asking (from public neighbours) instead of stopping."""
+    """When the budget is spent, go on without asking instead of stopping."""
 
     seed: int = 0
     """Seed of the drawing (public randomness)."""

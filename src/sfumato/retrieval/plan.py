@@ -23,6 +23,7 @@ Mechanism = Literal["ball-filter", "ball", "topk"]
 SHARES = (0.04, 0.08, 0.15, 0.25)
 """Neighbourhoods tried, as shares of the collection: narrow ones are drowned by noise, or empty where private vectors
 lie a little elsewhere; wide ones forget the prompt."""
+NEAREST_SHARE = 0.02  # of the public vectors, whose mean an answer is added to
 RADIUS_QUANTILE = 0.75
 VARIANCE = 0.95
 
@@ -134,7 +135,7 @@ def _error(plan: RetrievalPlan, public: PublicSide) -> float:
     and what of the answer's own message is lost to noise (and to shrinking it by that)."""
     near, wide = (
         np.stack([public.center(z, public.count(share)) for z in _some(public)])
-        for share in (SHARES[0], plan.share)
+        for share in (NEAREST_SHARE, plan.share)
     )
     ratio = plan.noise_ratio**2
     return float(np.square(wide - near).sum(1).mean()) + plan.signal**2 * ratio / (1 + ratio)
