@@ -179,7 +179,7 @@ def test_work_from_a_state_kept_elsewhere_goes_on_from_the_mark_that_the_ledger_
     reservation.begin("dp_sgd", STEP)  # without a mark nothing is asked and nothing changes
     assert (reservation.mark("dp_sgd"), reservation.begun("dp_sgd")) == ("b", 3)
     assert ledger.verify() == 5
-    edit(file, """UPDATE charges SET state = replace(state, '"dp_sgd":"b"', '"dp_sgd":"a"')""")
+    edit(file, """UPDATE sfumato_reservations SET state = replace(state, '"dp_sgd":"b"', '"dp_sgd":"a"')""")
     with pytest.raises(LedgerError, match="differs from its history"):
         ledger.verify()
 
