@@ -29,7 +29,7 @@ from sfumato.report.certificate import certificate, software
 from sfumato.retrieval.codebook import FILE, Codes
 from sfumato.retrieval.collection import INDEX, PRIVATE, PUBLIC, Collection, IndexFacts
 from sfumato.retrieval.options import DEFAULT_DELTA, AddOptions, CodebookOptions, DeleteOptions, IndexOptions
-from sfumato.retrieval.overview import look_over
+from sfumato.retrieval.overview import after_looking, look_over
 from sfumato.retrieval.plan import RADIUS_QUANTILE, RetrievalPlan, make_plan, told
 from sfumato.retrieval.prompts import checked_prompt
 from sfumato.retrieval.public_side import PublicSide, embedded_public
@@ -54,9 +54,10 @@ def build_index(options: IndexOptions) -> list[str]:
     public = _public(options, encoder)
     delta = options.delta if options.delta is not None else default_delta(options.public_size)
     budget = Budget(options.epsilon, delta)
+    rest = budget if options.mechanism == "topk" else after_looking(budget)
     if options.dry_run:
         return [
-            *_planned(options, budget, float(options.public_size or 1), public).lines(),
+            *_planned(options, rest, float(options.public_size or 1), public).lines(),
             "Nothing was spent.",
         ]
     _take(out, options)
@@ -65,7 +66,7 @@ def build_index(options: IndexOptions) -> list[str]:
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     internal = InternalWriter(out)
     if options.public_size is not None:  # what can be refused is, before anything is opened
-        _planned(options, budget, float(options.public_size), public)
+        _planned(options, rest, float(options.public_size), public)
     ledger = open_account(options.ledger, out, budget, "retrieve")
     answers = Answers(internal.directory("checkpoints"))
     if not (answers.folder / "run.json").exists():

@@ -26,6 +26,11 @@ ASSUMED_UNITS = (
 LEAST_DIRECTIONS, LEAST_SPREAD = 4, 0.01
 
 
+def after_looking(budget: Budget) -> Budget:
+    """What is left for questions, nearly."""
+    return Budget((1 - SHARE_OF_OVERVIEW) * budget.epsilon, (1 - SHARE_OF_OVERVIEW) * budget.delta)
+
+
 def look_over(
     budget: Budget,
     private: ProtectedVectors,
