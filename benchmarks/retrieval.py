@@ -1,7 +1,7 @@
 """Private queries a second, and memory.
 
     python benchmarks/retrieval.py --quick --json FILE     # 100,000 vectors; a few minutes
-    python benchmarks/retrieval.py --json FILE             # also a million; needs 6 GB of memory and 4 of disk
+    python benchmarks/retrieval.py --json FILE             # also a million; needs 10 GB of memory and 3 of disk
 
 For random unit vectors of 512 numbers around 200 centres, one process and the threads given: seconds a query of top-k
 (Poisson rate 0.01, k = 20), of a ball of about 0.2 %, and of the same with per-unit budgets, noise and durable charges
