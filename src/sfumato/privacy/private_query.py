@@ -266,7 +266,7 @@ def _heads(
     if plan.sampling_probability < 1:
         units = int(private._unit_of.max(initial=-1)) + 1
         heads = SecureStream().bernoulli(plan.sampling_probability, units)
-        among = np.append(heads, False)[private._unit_of]  # -1 where there is no record any more
+        among = np.append(heads, False).take(private._unit_of, mode="wrap")  # -1: no record there any more
     ask = k
     while True:
         rows, everything = ranked(private, direction, ask, lists, among)

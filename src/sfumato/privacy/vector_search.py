@@ -114,8 +114,11 @@ def _scored(
     """(rows, float32 scores [B, Q]) of all living records, block by block."""
     told = np.ascontiguousarray((queries / GRID).astype(np.float32).T)
     if lists is not None or among is not None:
-        near = np.flatnonzero(vectors._alive) if lists is None else lists.rows(vectors, queries[0])
-        near = near if among is None else near[among[near]]
+        if lists is None:
+            near = np.flatnonzero(vectors._alive & among)
+        else:
+            near = lists.rows(vectors, queries[0])
+            near = near if among is None else near[among[near]]
         for start in range(0, len(near), BLOCK):
             rows = near[start : start + BLOCK]
             yield rows, vectors._rows(rows) @ told
