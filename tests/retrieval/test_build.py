@@ -139,6 +139,12 @@ def test_groups_are_units(encoder, tmp_path) -> None:
     assert len(np.unique(collection.private._unit_of)) == 10
     collection.condition("a portrait")
     assert collection.certificate()["unit"] == "group"
+    for owner, units in (("owner 3", 10), ("owner new", 11)):  # all of one owner, known before or not
+        more = pictures(tmp_path / owner, 2, seed=units, first=100 * units)
+        rows = [{"file_name": path.name, "group_id": owner} for path in sorted(more.glob("*.png"))]
+        (more / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        add(AddOptions(str(tmp_path / "index"), str(more)))
+        assert len(np.unique(Collection.open(tmp_path / "index").private._unit_of)) == units
 
 
 def test_vectors_made_elsewhere_are_taken_when_they_fit(encoder, tmp_path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sfumato.errors import LedgerError
+from sfumato.privacy import vector_moments
 from sfumato.privacy.answers import Answers
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger
@@ -55,6 +57,21 @@ def test_balls_of_a_rank_hold_about_that_share_of_the_private_vectors(tmp_path) 
     )
     assert 0.05 < np.median(found) < 0.2
     assert not 0.05 < np.median(before) < 0.2
+
+
+def test_killed_after_the_charge_the_whole_is_not_asked_again(tmp_path, monkeypatch) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vector_moments, "discrete_gaussian", killed)
+        with pytest.raises(KeyboardInterrupt):
+            looked_over(tmp_path, clustered(50, 4), 10.0, 50)
+    ledger, private = Ledger.open(tmp_path / "ledger.db"), ProtectedVectors(tmp_path / "vectors", DIMENSION)
+    spent = ledger.spent
+    with pytest.raises(LedgerError, match=r"answer is lost.*another --out"):
+        look_over(Budget(10.0, 1e-5), private, public_side(), ledger, Answers(tmp_path / "answers"), 50)
+    assert ledger.spent == spent
 
 
 def test_where_noise_drowns_the_whole_nothing_is_moved() -> None:

@@ -134,6 +134,7 @@ class ProtectedImages:
     label_names: the set of labels, when declared here; an image with another label is an error. By default
         the folder names or the metadata declare it: the set is public, how often each label occurs is not.
     skip_unreadable: go on without images that cannot be read. Each affects only itself: the guarantee stands.
+    joins: these images are added to others, so that one group is enough.
 
     Attributes: ledger, unit, size (H, W), channels, public_size, label_names (("all",) when unlabelled),
     has_labels, description.
@@ -153,6 +154,7 @@ class ProtectedImages:
         label_names: Sequence[str] | None = None,
         cache_dir: Path | None = None,
         skip_unreadable: bool = False,
+        joins: bool = False,
     ) -> None:
         if unit not in UNITS:
             raise InputError(
@@ -179,7 +181,7 @@ class ProtectedImages:
                     self._source.spec, f"gives no group_id for '{where}'", "add it, or use --unit image"
                 )
             self._units = Units(cached.groups)
-            if len(self._units) < 2:
+            if len(self._units) < 2 and not joins:
                 raise bad_source(
                     self._source.spec, "has one group only, and nothing may be learnt from one unit",
                     "give images of several groups, or use --unit image",

@@ -162,7 +162,7 @@ def add(options: AddOptions) -> list[str]:
         held = ProtectedImages(
             options.private, ledger=collection.reservation.ledger, unit=collection.facts.unit,
             size=collection.facts.size, channels=3, cache_dir=InternalWriter(collection.folder).directory("cache"),
-            skip_unreadable=options.skip_unreadable,
+            skip_unreadable=options.skip_unreadable, joins=True,
         )  # fmt: skip
         collection.private.add_images(held, collection.encoder.images, "encoding")
     return ["added. The budget and the number of questions stay what they were."]

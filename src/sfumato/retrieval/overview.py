@@ -11,12 +11,13 @@ import math
 
 import numpy as np
 
+from sfumato.errors import LedgerError
 from sfumato.privacy.accounting import calibrate
 from sfumato.privacy.answers import Answers
 from sfumato.privacy.budget import Budget
 from sfumato.privacy.ledger import Ledger, Reservation
 from sfumato.privacy.protected_vectors import ProtectedVectors
-from sfumato.privacy.vector_moments import Moments, MomentsPlan, vector_moments
+from sfumato.privacy.vector_moments import VECTOR_MOMENTS, Moments, MomentsPlan, vector_moments
 from sfumato.retrieval.public_side import PublicSide
 
 SHARE_OF_OVERVIEW = 0.2  # of ε and δ
@@ -61,7 +62,15 @@ def look_over(
         k //= 2
     plan = plan_of(noise, k)
     reservation = answers.reserve(ledger, "overview", plan.planned(), part.delta)
-    found = vector_moments(private, plan, reservation)
+    try:
+        found = vector_moments(private, plan, reservation)
+    except LedgerError as error:
+        if not reservation.begun(VECTOR_MOMENTS):
+            raise
+        raise LedgerError(
+            "this index was interrupted right after its overview was charged, and the answer is lost. The cost "
+            "stays charged, and nothing was released. Make the index anew in another --out"
+        ) from error
     reservation.settle()
     return max(float(round(found.count)), 1.0), moved_by(found, plan, public, public_size), reservation
 
