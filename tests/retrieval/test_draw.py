@@ -74,7 +74,7 @@ def test_a_spent_budget_refuses_and_leaves_no_folder(made, tmp_path) -> None:
         ask(AskOptions(str(index), "two", str(tmp_path / "b"), num_images=1))
     assert not (tmp_path / "b").exists()
     said = ask(AskOptions(str(index), "two", str(tmp_path / "b"), num_images=1, fallback=True))
-    assert "public neighbours" in said[0]
+    assert "the budget is spent: drawn without asking" in said[0]
 
 
 def test_a_codebook_answers_too(made, tmp_path) -> None:
