@@ -81,7 +81,7 @@ def _drawn(generator: Any, condition: Condition, options: AskOptions | BatchOpti
 def _how(condition: Condition) -> str:
     if not condition.asked:
         return "the budget is spent: drawn without asking"
-    charged = "asked before, free" if condition.cached else "charged once"
+    charged = "free" if condition.cached else "charged once"
     if not condition.private:
         return f"{charged}; too little lies near to be told from noise"
     return charged
