@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,26 @@ def features(name: str, path: Path, start: int, count: int, out: Path) -> np.nda
     return np.load(held)
 
 
+def frame(public: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """From features to unit vectors along 64 principal directions of the public ones, float32 [N, 64]."""
+    mean = public.mean(0)
+    _, axes = np.linalg.eigh(np.cov((public - mean).astype(np.float64), rowvar=False))
+    basis = axes[:, ::-1][:, :DIRECTIONS]
+
+    def along(found: np.ndarray) -> np.ndarray:
+        vectors = (found - mean) @ basis
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    return along
+
+
 def collection(data: Path, out: Path) -> tuple[np.ndarray, PublicSide]:
     """(private unit vectors [20,000, 64], the public side with 10,000 prompts)."""
     private = features("cifar10", data / "cifar10_train.parquet", 0, RECORDS, out)
     public = features("tiny", data / "tiny_imagenet_32_train.parquet", 0, RECORDS, out)
     asked = features("prompts", data / "tiny_imagenet_32_train.parquet", RECORDS, PROMPTS, out)
-    mean = public.mean(0)
-    _, axes = np.linalg.eigh(np.cov((public - mean).astype(np.float64), rowvar=False))
-    basis = axes[:, ::-1][:, :DIRECTIONS]
-    units = []
-    for each in (private, public, asked):
-        along = (each - mean) @ basis
-        units.append((along / np.linalg.norm(along, axis=1, keepdims=True)).astype(np.float32))
-    return units[0], PublicSide.of(units[1], units[2], "efficientnet-lite0/64")
+    along = frame(public)
+    return along(private), PublicSide.of(along(public), along(asked), "efficientnet-lite0/64")
 
 
 def private_loads(private: np.ndarray, public: PublicSide, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +155,7 @@ def run(private: np.ndarray, public: PublicSide, out: Path, size: int, epsilon: 
     counted, truth = [], []
     with Progress("questions", total=PROMPTS) as progress:
         for number, direction in enumerate(public.prompts):
-            ball = public.ball(direction, size, np.zeros(DIRECTIONS))
+            ball = public.ball(direction, size)
             answer, _ = ball_sum(held, ball, plan, reservation, f"prompt {number}")
             counted.append(answer[-1])
             truth.append(int((private @ direction >= ball.threshold).sum()))

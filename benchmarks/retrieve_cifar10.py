@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
-from retrieval_noise import RECORDS, collection, features, images
+from retrieval_noise import RECORDS, collection, features, frame, images
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
@@ -78,10 +78,7 @@ class Bench:
         self.data, self.out = data, out
         self.private, public = collection(data, out)
         self.public = PublicSide.of(public.vectors, public.prompts[:PLANNED_WITH], public.encoder)
-        tiny = features("tiny", data / "tiny_imagenet_32_train.parquet", 0, RECORDS, out)
-        self.mean = tiny.mean(0)
-        _, axes = np.linalg.eigh(np.cov((tiny - self.mean).astype(np.float64), rowvar=False))
-        self.axes = axes[:, ::-1][:, :64]
+        self.along = frame(features("tiny", data / "tiny_imagenet_32_train.parquet", 0, RECORDS, out))
         self.asked, self.classes = self.prompts()
         order = np.random.default_rng(0).permutation(
             pq.read_metadata(data / "cifar10_train.parquet").num_rows
@@ -95,11 +92,6 @@ class Bench:
         self.alone = np.array(
             [self.public.center(z, self.public.count(NEAREST / RECORDS)) for z in self.asked]
         )
-
-    def along(self, found: np.ndarray) -> np.ndarray:
-        """Features as vectors of the collection, float32 [N, 64] of length 1."""
-        vectors = (found - self.mean) @ self.axes
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
     def prompts(self) -> tuple[np.ndarray, np.ndarray]:
         """(unit vectors float32 [1050, 64], number of the CIFAR-10 class of each)."""

@@ -573,5 +573,8 @@ def rollback_is_noticed(folder: Path) -> bool:
 
 def test_an_older_state_put_back(tmp_path, monkeypatch):
     assert rollback_is_noticed(tmp_path)
-    monkeypatch.setattr(QueryState, "get_in_step", lambda *_: None)
+    monkeypatch.setattr(
+        QueryState, "get_in_step",
+        lambda self, paid, query: (paid.begun(query.mechanism), paid.mark(query.mechanism)),
+    )  # fmt: skip
     assert not rollback_is_noticed(tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.mechanisms import _positive
-from sfumato.privacy.private_query import FINE, _squares, clipped_parts
+from sfumato.privacy.private_query import FINE, _squares, clipped_parts, records, released_once
 from sfumato.privacy.protected_vectors import GRID, ProtectedVectors, on_grid
 from sfumato.privacy.randomness import discrete_gaussian
 
@@ -67,30 +67,25 @@ def codebook_sums(private: ProtectedVectors, plan: CodebookPlan, reservation: Re
     Guarantee: one Gaussian event of `plan.noise_multiplier`, for adding or removing one unit: its whole part, over all
     centres together, has norm at most 1. The same reservation is answered once: asked again, from what was kept.
     """
-    key = f"{CODEBOOK}:{reservation.id}"
-    with private._state.exclusive():
-        if (kept := private._state.answer(key)) is not None:
-            return kept.reshape(len(plan.centers), -1)
-        private._refresh()
-        total = _total(private, plan)
-        reservation.begin(CODEBOOK, plan.planned()[0].event)
+
+    def noisy(total: np.ndarray) -> np.ndarray:
         steps = discrete_gaussian(total, plan.noise_multiplier * FINE)  # times a power of two: exact
         answer = steps / FINE * math.hypot(1, plan.count_weight)
         answer[:, :-1] *= plan.radius
         answer[:, -1] /= plan.count_weight
-        private._state.keep(key, answer.ravel())
-    return answer
+        return answer
+
+    (planned,) = plan.planned()
+    answer = released_once(private, planned, reservation, lambda: _total(private, plan), noisy)
+    return answer.reshape(len(plan.centers), -1)
 
 
 def _total(private: ProtectedVectors, plan: CodebookPlan) -> np.ndarray:
     centers = on_grid(plan.centers)
     half = (centers**2).sum(1) / (2 * GRID)
     basis = None if plan.basis is None else on_grid(plan.basis)
-    rows = np.flatnonzero(private._alive)
-    sizes = np.bincount(private._unit_of[rows]) if len(rows) else np.zeros(0, np.int64)
     total = np.zeros((len(centers), (private.dimension if basis is None else basis.shape[1]) + 1), np.int64)
-    for start in range(0, len(rows), _ROWS):
-        some = rows[start : start + _ROWS]
+    for some, sizes in records(private, _ROWS):
         vectors = private._vectors(some)
         nearest = (vectors @ centers.T / GRID - half).argmax(1)  # exact, see GRID
         residuals = vectors - centers[nearest]
@@ -99,6 +94,6 @@ def _total(private: ProtectedVectors, plan: CodebookPlan) -> np.ndarray:
         parts = clipped_parts(
             residuals / GRID, np.sqrt(_squares(residuals)) / GRID, plan.radius, plan.count_weight
         )
-        shares = np.trunc(parts / sizes[private._unit_of[some]][:, None]).astype(np.int64)
+        shares = np.trunc(parts / sizes).astype(np.int64)
         np.add.at(total, nearest, shares)
     return total

@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -215,11 +216,13 @@ def ball_sum(
     Guarantee: without per-unit budgets a Gaussian event of `plan.noise_multiplier` for each new key, for adding or
     removing one unit. With them, `plan.planned()[0]` for all keys together; see the module.
     """
+    planned = plan.planned()
     with private._state.exclusive():
         if plan.per_unit_cap is not None:
-            _check_reserved(plan, reservation)
-            private._state.get_in_step(reservation, plan.planned()[1])
+            _check_reserved(planned, reservation)
         if (kept := private._state.answer(key)) is not None:
+            if plan.per_unit_cap is not None:
+                private._state.get_in_step(reservation, planned[1])
             return kept, True
         private._refresh()
         (rows,) = within(private, ball.direction[None], np.array([ball.threshold]), lists)
@@ -232,11 +235,11 @@ def ball_sum(
             return np.append(whole[:-1] * plan.radius, whole[-1] / plan.count_weight)
 
         if plan.per_unit_cap is None:
-            reservation.begin(BALL_SUM, plan.planned()[0].event)
+            reservation.begin(BALL_SUM, planned[0].event)
             answer = noisy(np.ones(len(units), bool))
             private._state.keep(key, answer)
             return answer, False
-        budgets, query = plan.planned()
+        budgets, query = planned
         if reservation.begun(BALL_BUDGETS) == 0:
             reservation.begin(BALL_BUDGETS, budgets.event)
         costs = np.ceil(_squares(parts) * (USED_UNIT / FINE**2)).astype(np.int64)  # a power of two: exact
@@ -244,9 +247,38 @@ def ball_sum(
         return private._state.use(reservation, query, units, costs, cap, key, noisy), False
 
 
-def _check_reserved(plan: BallPlan, reservation: Reservation) -> None:
+def released_once(
+    private: ProtectedVectors,
+    planned: PlannedEvent,
+    reservation: Reservation,
+    total: Callable[[], np.ndarray],
+    noisy: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """noisy(total()), flat, begun in the ledger in between. The same reservation is answered from what was kept."""
+    key = f"{planned.mechanism}:{reservation.id}"
+    with private._state.exclusive():
+        if (kept := private._state.answer(key)) is not None:
+            return kept
+        private._refresh()
+        sums = total()
+        reservation.begin(planned.mechanism, planned.event)
+        answer = noisy(sums).ravel()
+        private._state.keep(key, answer)
+    return answer
+
+
+def records(private: ProtectedVectors, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, of how many records each one's unit is, [B, 1]) of all living records, so many at once."""
+    rows = np.flatnonzero(private._alive)
+    sizes = np.bincount(private._unit_of[rows]) if len(rows) else np.zeros(0, np.int64)
+    for start in range(0, len(rows), at_once):
+        some = rows[start : start + at_once]
+        yield some, sizes[private._unit_of[some]][:, None]
+
+
+def _check_reserved(planned: list[PlannedEvent], reservation: Reservation) -> None:
     """σ and L may both differ where σ/√L, and so the event, does not."""
-    if reservation.planned != tuple(plan.planned()):
+    if reservation.planned != tuple(planned):
         raise LedgerError(
             "these ball queries are not what was reserved (noise, budgets or number); nothing was released. Use the "
             "plan of the reservation"

@@ -194,14 +194,13 @@ class QueryState:
             LedgerError: All planned queries were asked, or this file and the ledger do not belong together, or one of
                 them is an older copy.
         """
-        self.get_in_step(reservation, query)
-        begun = reservation.begun(query.mechanism)
+        begun, known = self.get_in_step(reservation, query)
         if reservation.status != "open" or begun >= query.count:
             raise LedgerError(
                 f"{query.mechanism}: {begun} of {query.count} reserved queries were asked, or the reservation is "
                 "settled; nothing was released. Make a new index for more"
             )
-        known, mark = reservation.mark(query.mechanism), secrets.token_hex(8)
+        mark = secrets.token_hex(8)
         with self._transaction(write=True) as db:
             found = db.execute(
                 sql.text(
@@ -235,11 +234,12 @@ class QueryState:
         reservation.begin(query.mechanism, query.event, mark=mark, after=known)
         return value
 
-    def get_in_step(self, reservation: Reservation, query: PlannedEvent) -> None:
+    def get_in_step(self, reservation: Reservation, query: PlannedEvent) -> tuple[int, str]:
         """Before any answer leaves, a kept one too: this file and the ledger went the same way, question by question.
 
         A question that was written here and that the ledger did not count, because a process was killed or the ledger
-        was out of reach, is counted now. LedgerError where either is an older copy, or a copy that went on elsewhere.
+        was out of reach, is counted now. Returns the number of questions and the last one's mark. LedgerError where
+        either is an older copy, or a copy that went on elsewhere.
         """
         begun, mark = reservation.begun(query.mechanism), reservation.mark(query.mechanism)
         with self._transaction() as db:
@@ -251,6 +251,7 @@ class QueryState:
                 f"it knows of {meta['queries']} queries and the ledger of {begun}, or of others: one of them is an "
                 "older copy, or a copy that was asked elsewhere"
             )
+        return meta["queries"], meta["mark"]
 
     def _keep(self, db: sql.Connection, key: str, value: np.ndarray) -> None:
         db.execute(sql.delete(_ANSWERS).where(_ANSWERS.c.key == key))

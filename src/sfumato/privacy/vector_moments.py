@@ -14,7 +14,7 @@ import numpy as np
 from sfumato.errors import InputError
 from sfumato.privacy.events import PlannedEvent
 from sfumato.privacy.mechanisms import _positive
-from sfumato.privacy.private_query import FINE, _squares
+from sfumato.privacy.private_query import FINE, _squares, records, released_once
 from sfumato.privacy.protected_vectors import GRID, ProtectedVectors, on_grid
 from sfumato.privacy.randomness import discrete_gaussian
 
@@ -93,15 +93,12 @@ def vector_moments(private: ProtectedVectors, plan: MomentsPlan, reservation: Re
     of norm at most 1 has. The same reservation is answered once: asked again, from what was kept.
     """
     size, columns = private.dimension, plan.basis.shape[1]
-    key = f"{VECTOR_MOMENTS}:{reservation.id}"
-    with private._state.exclusive():
-        answer = private._state.answer(key)
-        if answer is None:
-            private._refresh()
-            total = _total(private, plan)
-            reservation.begin(VECTOR_MOMENTS, plan.planned()[0].event)
-            answer = discrete_gaussian(total, plan.noise_multiplier * FINE) / FINE * _WEIGHT
-            private._state.keep(key, answer)
+
+    def noisy(total: np.ndarray) -> np.ndarray:
+        return discrete_gaussian(total, plan.noise_multiplier * FINE) / FINE * _WEIGHT
+
+    (planned,) = plan.planned()
+    answer = released_once(private, planned, reservation, lambda: _total(private, plan), noisy)
     upper, across = _triangle(columns)
     squares = np.zeros((columns, columns))
     squares[upper] = answer[size + 1 :] / across * plan.radius**2
@@ -113,12 +110,9 @@ def _total(private: ProtectedVectors, plan: MomentsPlan) -> np.ndarray:
     """Whole steps of 2^-20, int64 [D + 1 + k (k + 1) / 2]."""
     center, basis, size = on_grid(plan.center), plan.basis, private.dimension
     upper, across = _triangle(basis.shape[1])
-    rows = np.flatnonzero(private._alive)
-    sizes = np.bincount(private._unit_of[rows]) if len(rows) else np.zeros(0, np.int64)
     weight = _WEIGHT * (1 + 1e-9)
     total = np.zeros(size + 1 + len(across), np.int64)
-    for start in range(0, len(rows), _ROWS):
-        some = rows[start : start + _ROWS]
+    for some, sizes in records(private, _ROWS):
         residuals = private._vectors(some) - center
         lengths = np.sqrt(_squares(residuals)) / GRID
         with np.errstate(divide="ignore"):
@@ -131,7 +125,7 @@ def _total(private: ProtectedVectors, plan: MomentsPlan) -> np.ndarray:
         parts[:, size] = math.floor(COUNT_WEIGHT / weight * FINE)
         parts[:, size + 1 :] = np.trunc(along[:, upper[0]] * along[:, upper[1]] * across / weight * FINE)
         parts[_squares(parts) > FINE**2] = 0  # proven, not hoped for
-        total += np.trunc(parts / sizes[private._unit_of[some]][:, None]).astype(np.int64).sum(0)
+        total += np.trunc(parts / sizes).astype(np.int64).sum(0)
     return total
 
 

@@ -16,9 +16,8 @@ import numpy as np
 from sfumato.privacy.private_query import BallPlan
 from sfumato.retrieval.plan import RetrievalPlan
 
-SHRINKAGE = (
-    1.5  # 0 to 2 never hurts on average; 1 is best if only the noise is wrong, and the divisor is wrong too
-)
+SHRINKAGE = 1.5
+"""0 to 2 never hurts on average; 1 is best if only the noise is wrong, and the divisor is wrong too."""
 LEAST_OF_EXPECTED = 0.1  # no divisor is smaller: a few units must not be blown up together with the noise
 
 

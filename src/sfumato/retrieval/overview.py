@@ -21,9 +21,8 @@ from sfumato.privacy.vector_moments import VECTOR_MOMENTS, Moments, MomentsPlan,
 from sfumato.retrieval.public_side import PublicSide
 
 SHARE_OF_OVERVIEW = 0.2  # of ε and δ
-ASSUMED_UNITS = (
-    1000  # where their number is not declared: decides along how many directions the covariance is asked
-)
+ASSUMED_UNITS = 1000
+"""Where their number is not declared: decides along how many directions the covariance is asked."""
 LEAST_DIRECTIONS, LEAST_SPREAD = 4, 0.01
 
 

@@ -225,9 +225,8 @@ def _topk(
 
     def plan_of(k: int) -> RetrievalPlan:
         share = min(1.0, k / rate / units)
-        signal = float(
-            np.median(told(public, share, None)[1])
-        )  # nothing is known of the whole: anything may be told
+        _, lengths = told(public, share, None)
+        signal = float(np.median(lengths))  # nothing is known of the whole: anything may be told
         query = NearestPlan(k, noise, queries, rate)
         ratio = query.noise * math.sqrt(public.dimension) / signal
         mixed = 1 / (1 + ratio**2) if interpolation is None else interpolation
